@@ -1,0 +1,1 @@
+"""The stateless control plane: frontend, scheduler, block tables, prefix index."""

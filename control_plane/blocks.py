@@ -1,0 +1,181 @@
+"""The block pool: free blocks, reference counts and the prefix cache (paper, sections 4.2 to 4.4).
+
+Every block is in exactly one of three states, and their numbers always add up to the whole:
+referenced (in at least one block table), cached (in none, but full and findable by its prefix
+hash, hence evictable) and free. The pool is pure: it knows nothing of time, engines or requests.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+
+# What an engine is told about a block whose hash no longer holds.
+NO_HASH = bytes(16)
+
+
+class OutOfBlocks(Exception):
+    """More blocks were asked for than are free or evictable; nothing was changed."""
+
+
+class BlockPool:
+    """Block ids 0 to `block_count` - 1.
+
+    Blocks are taken from the free stack first. When that is empty, the least recently used cached
+    block goes; since a block is always released before its parent, leaves go before their roots.
+    """
+
+    def __init__(self, block_count: int) -> None:
+        self.block_count = block_count
+        self.reference_counts = np.zeros(block_count, np.int32)
+        self._hashed = np.zeros(block_count, np.bool_)
+        self._free = np.arange(block_count - 1, -1, -1, dtype=np.int32)
+        self.free_count = block_count
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._announced: dict[int, bytes] = {}
+        self._index_added: list[bytes] = []
+        self._index_removed: list[bytes] = []
+
+    @property
+    def cached_count(self) -> int:
+        return len(self._evictable)
+
+    @property
+    def available_count(self) -> int:
+        """Blocks that `allocate` can hand out: free and cached ones."""
+        return self.free_count + len(self._evictable)
+
+    @property
+    def used_count(self) -> int:
+        return self.block_count - self.available_count
+
+    def allocate(self, count: int) -> Int32Array:
+        """Returns `count` blocks, int32 [count], each with one reference and no hash.
+
+        Raises:
+            OutOfBlocks: fewer are available.
+        """
+        if count > self.available_count:
+            raise OutOfBlocks(f"{count} blocks asked for, {self.available_count} available")
+        if count > self.free_count:
+            self._evict(count - self.free_count)
+        self.free_count -= count
+        blocks = self._free[self.free_count : self.free_count + count].copy()
+        self.reference_counts[blocks] = 1
+        return blocks
+
+    def share(self, blocks: Int32Array) -> None:
+        """Adds one reference to each of `blocks`, which are referenced or cached."""
+        for block in blocks[self.reference_counts[blocks] == 0].tolist():
+            del self._evictable[block]
+        self.reference_counts[blocks] += 1
+
+    def release(self, blocks: Int32Array) -> None:
+        """Drops one reference from each of `blocks`: one sequence's, in table order, no id twice."""
+        self.reference_counts[blocks] -= 1
+        unused = blocks[self.reference_counts[blocks] == 0]
+        hashed = self._hashed[unused]
+        self._push_free(unused[~hashed])
+        self._evictable.update(dict.fromkeys(unused[hashed][::-1].tolist()))
+
+    def match(self, hashes: Sequence[bytes]) -> Int32Array:
+        """Returns the blocks that hold the longest known prefix of the chain `hashes`."""
+        blocks = []
+        for digest in hashes:
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return np.array(blocks, np.int32)
+
+    def block_of(self, digest: bytes) -> int | None:
+        return self._block_of.get(digest)
+
+    def hash_of(self, block: int) -> bytes | None:
+        return self._hash_of.get(block)
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Makes a full, referenced block findable. The first block with a hash keeps it."""
+        if digest in self._block_of or self._hashed[block]:
+            return
+        self._restore_hash(block, digest)
+        self._announced[block] = digest
+
+    def forget(self, blocks: Int32Array) -> None:
+        """Takes the hashes of referenced `blocks` back: their content is not to be trusted."""
+        for block in blocks[self._hashed[blocks]].tolist():
+            self._drop_hash(block)
+            self._announced[block] = NO_HASH
+
+    def restore(self, reference_counts: Int32Array, hashes: dict[int, bytes]) -> None:
+        """Sets a fresh pool to what an engine holds: references by block, hashes by block."""
+        self.reference_counts[:] = reference_counts
+        for block, digest in hashes.items():
+            if digest not in self._block_of:
+                self._restore_hash(block, digest)
+        unused = reference_counts == 0
+        self.free_count = 0
+        self._push_free(np.flatnonzero(unused & ~self._hashed).astype(np.int32)[::-1])
+        self._evictable.update(dict.fromkeys(np.flatnonzero(unused & self._hashed).tolist()))
+
+    def take_announced(self) -> dict[int, bytes]:
+        """Returns the hashes published since the last call, by block: what the engine is told."""
+        announced, self._announced = self._announced, {}
+        return announced
+
+    def take_index_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Returns the hashes (added, removed) since the last call: what the prefix index is told."""
+        changes = self._index_added, self._index_removed
+        self._index_added, self._index_removed = [], []
+        return changes
+
+    def held_hashes(self) -> list[bytes]:
+        return list(self._block_of)
+
+    def check(self) -> None:
+        """Raises AssertionError unless blocks are conserved: free + cached + referenced = total."""
+        referenced = int(np.count_nonzero(self.reference_counts))
+        free = self._free[: self.free_count]
+        cached = np.fromiter(self._evictable, np.int32, len(self._evictable))
+        counted = np.bincount(np.concatenate([free, cached]), minlength=self.block_count)
+        counted += self.reference_counts > 0
+        if not (counted == 1).all() or (self.reference_counts < 0).any():
+            raise AssertionError(
+                f"blocks not conserved: {self.free_count} free + {self.cached_count} cached + "
+                f"{referenced} referenced of {self.block_count}"
+            )
+        if self._hashed[free].any() or not self._hashed[cached].all():
+            raise AssertionError("a free block has a hash, or a cached one has none")
+        if {block: digest for digest, block in self._block_of.items()} != self._hash_of:
+            raise AssertionError("hash and block maps disagree")
+
+    def _evict(self, count: int) -> None:
+        blocks = [self._evictable.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._drop_hash(block)
+        self._push_free(np.array(blocks[::-1], np.int32))
+
+    def _push_free(self, blocks: Int32Array) -> None:
+        self._free[self.free_count : self.free_count + len(blocks)] = blocks
+        self.free_count += len(blocks)
+
+    def _restore_hash(self, block: int, digest: bytes) -> None:
+        self._block_of[digest] = block
+        self._hash_of[block] = digest
+        self._hashed[block] = True
+        self._index_added.append(digest)
+
+    def _drop_hash(self, block: int) -> None:
+        digest = self._hash_of.pop(block)
+        del self._block_of[digest]
+        self._hashed[block] = False
+        # An announcement that the engine has not seen yet must not outlive the block's content.
+        self._announced.pop(block, None)
+        self._index_removed.append(digest)

@@ -1,0 +1,128 @@
+"""A step plan and its outcome, as columns: what the scheduler says and hears. No wire types here.
+
+Field by field this mirrors ``quire.engine.v1.StepPlan``, which says what each column means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from control_plane.blocks import Int32Array
+from control_plane.request import FinishReason, Sequence
+
+_EMPTY: Int32Array = np.zeros(0, np.int32)
+_EMPTY.flags.writeable = False
+
+
+def _empty() -> Int32Array:
+    return _EMPTY
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence that becomes resident. `cached`: leading tokens that are in `blocks` already."""
+
+    sequence: Sequence
+    slot: int
+    tokens: Int32Array
+    blocks: Int32Array
+    cached: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step. Lists are filled while it is made; arrays are int32 [n]."""
+
+    step: int = 0
+    touched_slots: Int32Array = field(default_factory=_empty)
+    touched_lengths: Int32Array = field(default_factory=_empty)
+    released: list[int] = field(default_factory=list)
+    admissions: list[Admission] = field(default_factory=list)
+    appended_slots: Int32Array = field(default_factory=_empty)
+    appended_blocks: Int32Array = field(default_factory=_empty)
+    copied_slots: Int32Array = field(default_factory=_empty)
+    copied_indexes: Int32Array = field(default_factory=_empty)
+    copied_blocks: Int32Array = field(default_factory=_empty)
+    decode_joins: Int32Array = field(default_factory=_empty)
+    decode_leaves: Int32Array = field(default_factory=_empty)
+    chunk_slots: list[int] = field(default_factory=list)
+    chunk_counts: list[int] = field(default_factory=list)
+    fork_parents: list[int] = field(default_factory=list)
+    fork_children: list[int] = field(default_factory=list)
+    fork_samples: list[int] = field(default_factory=list)
+    hashed: dict[int, bytes] = field(default_factory=dict)
+    decode_count: int = 0
+
+    @property
+    def token_count(self) -> int:
+        """Tokens that go through the model."""
+        return self.decode_count + sum(self.chunk_counts)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.token_count or self.released or self.hashed or len(self.decode_leaves))
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log-probability (natural logarithm) and the likeliest tokens at its position."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brought: ids in the plan's sampling order, -1 where a slot faulted.
+
+    `logprobs` and `prompt_logprobs` are by slot; prompt ones are (position, logprob) pairs.
+    """
+
+    step: int
+    token_ids: Int32Array
+    logprobs: dict[int, Logprob] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[tuple[int, Logprob]]] = field(default_factory=dict)
+    faults: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a result meant: tokens by sequence, and what has ended.
+
+    Attributes:
+        sequences: object [n], the sequences that got a token.
+        slots: int32 [n], the slots they had when the step ran.
+        token_ids: int32 [n].
+        finished: ended sequences with the reason and, for an error, its sentence.
+    """
+
+    sequences: npt.NDArray[np.object_]
+    slots: Int32Array
+    token_ids: Int32Array
+    finished: list[tuple[Sequence, FinishReason, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentRow:
+    """One slot of an engine's snapshot."""
+
+    slot: int
+    record: bytes
+    sample_index: int
+    prompt_count: int
+    computed: int
+    tokens: Int32Array
+    blocks: Int32Array
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An engine's resident state; prefix hashes by block."""
+
+    rows: list[ResidentRow]
+    hashes: dict[int, bytes]

@@ -1,0 +1,538 @@
+"""The scheduler: decides each step for one engine (paper, section 4.5).
+
+Pure: no I/O, no clock, no randomness. `submit` and `cancel` say what is wanted, `schedule` gives
+the next step plan, `apply` takes a result. Plans may be ahead of results: the engine feeds its own
+last token into the next step, so a plan only needs to know how many tokens there will be. A
+sequence that turns out to have ended meanwhile wastes the steps in flight, nothing more: results
+carry the serial number of a slot's occupant.
+
+Policies: by priority, then first come, first served; decodes first, then chunks of prompts under a
+token budget; out of blocks preempts the group that is last in that same order, whole, and recomputes
+it later from its tokens, minus what the prefix cache still has.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from control_plane.blocks import BlockPool, Int32Array
+from control_plane.hashing import PrefixHasher
+from control_plane.plan import Admission, Outcome, Plan, ResidentRow, StepResult
+from control_plane.request import FinishReason, Request, Sequence, SequenceGroup, ended_at
+from control_plane.slots import SlotTable
+
+
+class QueueFull(Exception):
+    """The wait queue is at its limit; nothing was queued."""
+
+
+class NeverFits(Exception):
+    """The request needs more blocks or slots than the engine has at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Sizes, most of them the engine's.
+
+    Attributes:
+        chunk_tokens: most tokens of one prompt in one step.
+        waiting_requests: most requests in the wait queue.
+    """
+
+    model_fingerprint: str
+    block_size: int
+    block_count: int
+    slot_count: int
+    max_length: int
+    step_tokens: int
+    chunk_tokens: int
+    waiting_requests: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    step: int
+    slots: Int32Array
+    serials: npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters since this scheduler began."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+
+
+class Scheduler:
+    """Schedules one engine. Not thread-safe; every call is O(changes) plus a few vector operations."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.pool = BlockPool(limits.block_count)
+        self.slots = SlotTable(limits.slot_count, limits.max_length, limits.block_size)
+        self.totals = Totals()
+        self._hashers: dict[str, PrefixHasher] = {}
+        self._arrivals = 0
+        self._step = 0
+        self._waiting: list[SequenceGroup] = []
+        self._resident: dict[SequenceGroup, None] = {}
+        self._prefilling: list[Sequence] = []
+        # Consumed by the next plan.
+        self._released: list[int] = []
+        self._joining: list[Sequence] = []
+        self._leaving: list[Int32Array] = []
+        self._forked: list[Sequence] = []
+        self._in_flight: deque[_InFlight] = deque()
+
+    # What is wanted.
+
+    def submit(self, request: Request) -> SequenceGroup:
+        """Queues a request.
+
+        Raises:
+            NeverFits: it could not run even alone.
+            QueueFull: too many requests wait.
+        """
+        self.check_fits(request)
+        if len(self._waiting) >= self.limits.waiting_requests:
+            raise QueueFull(f"{self.limits.waiting_requests} requests wait already")
+        group = SequenceGroup.of(request, self._next_arrival())
+        self._enqueue(group)
+        return group
+
+    def resubmit(self, group: SequenceGroup) -> None:
+        """Queues a group that was resident elsewhere; its sequences carry their tokens so far."""
+        group.arrival = self._next_arrival()
+        self._enqueue(group)
+
+    def check_fits(self, request: Request) -> None:
+        """Raises NeverFits unless the request could run if it were alone on the engine."""
+        blocks = request.blocks_at_worst(self.limits.block_size)
+        if blocks > self.limits.block_count:
+            raise NeverFits(
+                f"needs up to {blocks} blocks of {self.limits.block_size} tokens; "
+                f"the pool has {self.limits.block_count}"
+            )
+        if request.sample_count > self.limits.slot_count:
+            raise NeverFits(
+                f"needs {request.sample_count} slots; the engine has {self.limits.slot_count}"
+            )
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends one sequence; its blocks are free for the next plan."""
+        if sequence.finish is None:
+            self._retire(sequence, reason)
+
+    def cancel(self, group: SequenceGroup) -> None:
+        """Ends every sequence of a group that has not ended."""
+        for sequence in group.sequences:
+            self.finish(sequence, FinishReason.CANCELLED)
+
+    # What is decided.
+
+    def schedule(self) -> Plan | None:
+        """Returns the next step's plan, or None when there is nothing to do."""
+        plan = Plan(step=self._step + 1)
+        sampled: list[int] = []
+        run = self._decodes(plan)
+        plan.decode_count = len(run)
+        budget = self._chunks(plan, self.limits.step_tokens - len(run), sampled)
+        self._admit(plan, budget, sampled)
+        plan.released, self._released = self._released, []
+        plan.hashed = self.pool.take_announced()
+        if plan.empty:
+            return None
+        self._touch_chunks(plan)
+        slots = np.concatenate([run, np.array(sampled + plan.fork_children, np.int32)])
+        self._in_flight.append(_InFlight(plan.step, slots, self.slots.serial[slots]))
+        self._step = plan.step
+        return plan
+
+    def apply(self, result: StepResult) -> Outcome:
+        """Takes the result of the oldest plan in flight.
+
+        Raises:
+            ValueError: it is not that plan's.
+        """
+        if not self._in_flight or self._in_flight[0].step != result.step:
+            raise ValueError(f"step {result.step} is not the oldest in flight")
+        flight = self._in_flight.popleft()
+        if len(result.token_ids) != len(flight.slots):
+            raise ValueError(f"{len(result.token_ids)} tokens for {len(flight.slots)} sequences")
+        slots, table = flight.slots, self.slots
+        current = table.serial[slots] == flight.serials
+        faulted = [slot for slot in result.faults if table.owner[slot] is not None]
+        if faulted:
+            current &= ~np.isin(slots, faulted)
+        if not current.all():
+            slots = slots[current]
+        tokens = result.token_ids if current.all() else result.token_ids[current]
+        table.tokens[slots, table.known[slots]] = tokens
+        table.known[slots] += 1
+        stopped = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)
+        ended = stopped | (table.known[slots] >= table.limit[slots])
+        sequences = table.owner[slots]
+        finished: list[tuple[Sequence, FinishReason, str]] = []
+        for row in np.flatnonzero(ended).tolist():
+            reason = FinishReason.STOP if stopped[row] else FinishReason.LENGTH
+            finished.append((sequences[row], reason, ""))
+            self._retire(sequences[row], reason)
+        for slot in faulted:
+            self._fail(slot, flight, result.faults[slot], finished)
+        return Outcome(sequences, slots, tokens, finished)
+
+    @property
+    def steps_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running_count(self) -> int:
+        return self.limits.slot_count - self.slots.free_count
+
+    @property
+    def groups(self) -> list[SequenceGroup]:
+        """Resident groups, then waiting ones; a group may be both while it is being resumed."""
+        return list(dict.fromkeys([*self._resident, *self._waiting]))
+
+    # A new leader's beginning.
+
+    def restore(
+        self, rows: list[tuple[Sequence, ResidentRow]], hashes: dict[int, bytes], step: int = 0
+    ) -> None:
+        """Takes over an engine's resident sequences; called once, before anything else.
+
+        Sequences that have ended already are retired: the caller finds out by `ended_at`, too.
+        Samples that the engine does not hold any more are generated again from the prompt.
+        """
+        self._step = step
+        references = np.zeros(self.limits.block_count, np.int32)
+        for _, row in rows:
+            references[row.blocks] += 1
+        self.pool.restore(references, hashes)
+        for sequence, row in rows:
+            self._seat(sequence, row)
+        for group in sorted({seq.group for seq, _ in rows}, key=lambda group: group.arrival):
+            self._resume_group(group)
+
+    def _seat(self, sequence: Sequence, row: ResidentRow) -> None:
+        slot = self.slots.occupy(sequence, row.slot)
+        self.slots.set_tokens(slot, row.tokens)
+        self.slots.set_blocks(slot, row.blocks)
+        self.slots.computed[slot] = row.computed
+        sequence.hashes = []
+        for block in row.blocks.tolist():
+            digest = self.pool.hash_of(block)
+            if digest is None:
+                break
+            sequence.hashes.append(digest)
+        sequence.published = len(sequence.hashes)
+
+    def _resume_group(self, group: SequenceGroup) -> None:
+        group.arrival, group.admitted = self._next_arrival(), True
+        self._resident[group] = None
+        prompt = len(group.request.prompt)
+        resident = group.resident()
+        group.waiting, group.unforked = [], []
+        if all(self.slots.known[sequence.slot] == prompt for sequence in resident):
+            group.unforked = [seq for seq in group.sequences if seq.slot < 0 and not seq.finish]
+            for sequence in group.unforked:
+                self.slots.occupy(sequence)
+        else:
+            group.waiting = [seq for seq in group.sequences if seq.slot < 0 and not seq.finish]
+        for sequence in resident:
+            slot = sequence.slot
+            known = int(self.slots.known[slot])
+            _, reason = ended_at(group.request, self.slots.known_tokens(slot))
+            if reason is not None:
+                self._retire(sequence, reason)
+            elif known > prompt and self.slots.computed[slot] == known - 1:
+                self._joining.append(sequence)
+                if self.slots.computed[slot] % self.limits.block_size:
+                    self._forked.append(sequence)  # Its last block may still be shared.
+            else:
+                self._prefilling.append(sequence)
+        if group.waiting:
+            bisect.insort(self._waiting, group, key=lambda waiting: waiting.order)
+
+    # Decodes.
+
+    def _decodes(self, plan: Plan) -> Int32Array:
+        """Gives every decoding sequence room for one more token; returns their slots, ascending."""
+        table, size = self.slots, self.limits.block_size
+        joining = np.array([seq.slot for seq in self._joining if seq.slot >= 0], np.int32)
+        leaving = np.concatenate(self._leaving) if self._leaving else joining[:0]
+        leaving = leaving[table.decoding[leaving]]
+        self._joining, self._leaving = [], []
+        table.decoding[joining] = True
+        table.decoding[leaving] = False
+        while True:
+            run = np.flatnonzero(table.decoding).astype(np.int32)
+            copying = self._shared_tails()
+            crossing = run[table.computed[run] == table.block_count[run] * size]
+            if len(crossing) + len(copying) <= self.pool.available_count:
+                break
+            self._preempt(max(self._resident, key=lambda group: group.order))
+        self._forked = []
+        plan.decode_joins = joining[table.decoding[joining]] if len(joining) else joining
+        if len(leaving):
+            plan.decode_leaves = leaving[table.block_count[leaving] > 0]
+        if len(crossing):
+            blocks = self.pool.allocate(len(crossing))
+            table.blocks[crossing, table.block_count[crossing]] = blocks
+            table.block_count[crossing] += 1
+            plan.appended_slots, plan.appended_blocks = crossing, blocks
+        if copying:
+            self._copy_on_write(plan, np.array(copying, np.int32))
+        plan.touched_slots = np.concatenate([crossing, plan.decode_joins, plan.copied_slots])
+        plan.touched_lengths = table.length[plan.touched_slots]
+        table.computed[run] += 1
+        table.length[run] += 1
+        ended = run[table.length[run] >= table.limit[run]]
+        if len(ended):
+            self._leaving.append(ended)
+        return run
+
+    def _shared_tails(self) -> list[int]:
+        """Freshly forked slots that must copy their last block before they write into it."""
+        holders: dict[int, int] = {}
+        copying = []
+        for sequence in self._forked:
+            slot = sequence.slot
+            if slot < 0 or not self.slots.decoding[slot]:
+                continue
+            block = int(self.slots.blocks[slot, self.slots.block_count[slot] - 1])
+            left = holders.setdefault(block, int(self.pool.reference_counts[block]))
+            if left > 1:
+                copying.append(slot)
+                holders[block] = left - 1
+        return copying
+
+    def _copy_on_write(self, plan: Plan, slots: Int32Array) -> None:
+        table = self.slots
+        indexes = table.block_count[slots] - 1
+        shared = table.blocks[slots, indexes]
+        plan.copied_slots, plan.copied_indexes = slots, indexes
+        plan.copied_blocks = self.pool.allocate(len(slots))
+        table.blocks[slots, indexes] = plan.copied_blocks
+        # The last holder keeps the block, so none of these references is the last one.
+        np.subtract.at(self.pool.reference_counts, shared, 1)
+
+    def _touch_chunks(self, plan: Plan) -> None:
+        admitted = {admission.slot for admission in plan.admissions}
+        chunked = np.array([slot for slot in plan.chunk_slots if slot not in admitted], np.int32)
+        if len(chunked):
+            plan.touched_slots = np.concatenate([plan.touched_slots, chunked])
+            # One that is sampled in this step counts its new token in `length` already.
+            plan.touched_lengths = np.concatenate([plan.touched_lengths, self.slots.known[chunked]])
+
+    # Prefills.
+
+    def _chunks(self, plan: Plan, budget: int, sampled: list[int]) -> int:
+        """Goes on with the prompts that are being computed; returns the budget that is left."""
+        for sequence in list(self._prefilling):
+            if budget <= 0:
+                break
+            budget -= self._run_chunk(plan, sequence, budget, sampled)
+        return budget
+
+    def _run_chunk(self, plan: Plan, sequence: Sequence, budget: int, sampled: list[int]) -> int:
+        table, slot = self.slots, sequence.slot
+        left = int(table.length[slot] - table.computed[slot])
+        count = min(left, budget, self.limits.chunk_tokens)
+        plan.chunk_slots.append(slot)
+        plan.chunk_counts.append(count)
+        table.computed[slot] += count
+        self._publish(sequence)
+        if count == left:
+            self._prefilling.remove(sequence)
+            sampled.append(slot)
+            for child in sequence.group.unforked:
+                self._fork(plan, sequence, child)
+            self._sampled_first(sequence, sequence.group.unforked)
+            sequence.group.unforked = []
+        return count
+
+    def _fork(self, plan: Plan, parent: Sequence, child: Sequence) -> None:
+        """Makes a reserved sibling share every block of its parent (paper, section 4.4)."""
+        table = self.slots
+        blocks = table.table(parent.slot)
+        table.set_tokens(child.slot, table.known_tokens(parent.slot))
+        table.set_blocks(child.slot, blocks)
+        table.computed[child.slot] = table.computed[parent.slot]
+        self.pool.share(blocks)
+        child.hashes, child.published = list(parent.hashes), parent.published
+        child.cached = parent.cached
+        plan.fork_parents.append(parent.slot)
+        plan.fork_children.append(child.slot)
+        plan.fork_samples.append(child.sample_index)
+
+    def _sampled_first(self, parent: Sequence, children: list[Sequence]) -> None:
+        table = self.slots
+        family = [parent, *children]
+        for sequence in family:
+            table.length[sequence.slot] += 1
+            if table.length[sequence.slot] < table.limit[sequence.slot]:
+                self._joining.append(sequence)
+        if children and table.computed[parent.slot] % self.limits.block_size:
+            self._forked += family
+
+    # Admission.
+
+    def _admit(self, plan: Plan, budget: int, sampled: list[int]) -> None:
+        while self._waiting and budget > 0:
+            group = self._waiting[0]
+            sequence = group.waiting[0]
+            if not self._seat_waiting(plan, group, sequence):
+                break
+            group.waiting.pop(0)
+            if not group.waiting:
+                self._waiting.pop(0)
+            budget -= self._run_chunk(plan, sequence, budget, sampled)
+
+    def _seat_waiting(self, plan: Plan, group: SequenceGroup, sequence: Sequence) -> bool:
+        """Admits the first waiting sequence of the first group if there is room for it."""
+        if self.slots.free_count < len(group.waiting) + len(group.unforked):
+            return False
+        # Siblings that are resumed follow one another, so that each finds the prompt it shares.
+        if any(other.group is group for other in self._prefilling):
+            return False
+        size, length = self.limits.block_size, len(sequence.tokens)
+        reuse = group.request.sampling.prompt_logprob_count < 0
+        shared = self.pool.match(sequence.hashes if reuse else [])
+        fresh = -(-length // size) - len(shared)
+        reviving = int(np.count_nonzero(self.pool.reference_counts[shared] == 0))
+        # A few blocks stay free for those that decode, or admission would only cause preemption.
+        reserve = min(self.running_count, -(-self.limits.block_count // 100))
+        if fresh + reviving + reserve > self.pool.available_count:
+            return False
+        self.pool.share(shared)
+        blocks = np.concatenate([shared, self.pool.allocate(fresh)])
+        cached = len(shared) * size
+        slot = self.slots.occupy(sequence)
+        self.slots.set_tokens(slot, sequence.tokens)
+        self.slots.set_blocks(slot, blocks)
+        # The last token always runs, for its logits; if it is cached it is not written again.
+        self.slots.computed[slot] = min(cached, length - 1)
+        sequence.published, sequence.cached = len(shared), cached
+        plan.admissions.append(Admission(sequence, slot, sequence.tokens, blocks, cached))
+        self._prefilling.append(sequence)
+        for sibling in group.unforked:
+            self.slots.occupy(sibling)
+        self._count_admission(group, length, cached)
+        self._resident[group] = None
+        group.admitted = True
+        return True
+
+    def _count_admission(self, group: SequenceGroup, length: int, cached: int) -> None:
+        if group.preemptions == 0:
+            self.totals.prompt_tokens += length
+            self.totals.cached_tokens += cached
+        else:
+            self.totals.recomputed_tokens += length - cached
+
+    # Endings.
+
+    def _preempt(self, group: SequenceGroup) -> None:
+        """Takes a whole group off the engine; what it had computed stays cached while it can."""
+        prompt = len(group.request.prompt)
+        resident = group.resident()
+        forked = any(self.slots.length[seq.slot] > prompt for seq in resident)
+        for sequence in resident:
+            if sequence not in group.unforked:
+                sequence.tokens = self.slots.known_tokens(sequence.slot).copy()
+            self._vacate(sequence)
+        unfinished = [sequence for sequence in group.sequences if sequence.finish is None]
+        if forked:
+            group.waiting, group.unforked = unfinished, []
+        else:
+            group.waiting, group.unforked = unfinished[:1], unfinished[1:]
+        group.preemptions += 1
+        self.totals.preemptions += 1
+        del self._resident[group]
+        if group not in self._waiting:
+            self._enqueue(group)
+
+    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+        group = sequence.group
+        sequence.finish = reason
+        if sequence.slot >= 0:
+            self._vacate(sequence)
+        for queue in (group.waiting, group.unforked):
+            if sequence in queue:
+                queue.remove(sequence)
+        if not group.waiting and group in self._waiting:
+            self._waiting.remove(group)
+        if group.finished:
+            self._resident.pop(group, None)
+
+    def _fail(
+        self,
+        slot: int,
+        flight: _InFlight,
+        reason: str,
+        finished: list[tuple[Sequence, FinishReason, str]],
+    ) -> None:
+        sequence = self.slots.owner[slot]
+        position = np.flatnonzero(flight.slots == slot)
+        if len(position) and self.slots.serial[slot] != flight.serials[position[0]]:
+            return
+        # Nobody may build on what this sequence computed.
+        self.pool.forget(self.slots.table(slot))
+        sequence.hashes = []
+        for failed in (sequence, *sequence.group.unforked):
+            self._retire(failed, FinishReason.ERROR)
+            finished.append((failed, FinishReason.ERROR, reason))
+
+    def _vacate(self, sequence: Sequence) -> None:
+        slot = sequence.slot
+        if self.slots.block_count[slot]:
+            self._publish(sequence, generated=True)
+            self.pool.release(self.slots.table(slot))
+            self._released.append(slot)
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        self.slots.vacate(slot)
+
+    def _publish(self, sequence: Sequence, generated: bool = False) -> None:
+        """Gives the pool the hashes of blocks that are full with known tokens.
+
+        Generated blocks are hashed once, when the sequence leaves its slot: by then they are worth
+        something to others (the next turn of a chat), and a steady step stays free of hashing.
+        """
+        table, slot = self.slots, sequence.slot
+        full = min(table.known[slot], table.computed[slot]) // self.limits.block_size
+        if generated and full > len(sequence.hashes):
+            tokens = table.tokens[slot, : full * self.limits.block_size]
+            sequence.hashes += self._hasher(sequence).extend(sequence.hashes, tokens)
+        full = min(full, len(sequence.hashes))
+        blocks = table.blocks[slot]
+        for index in range(sequence.published, full):
+            self.pool.publish(int(blocks[index]), sequence.hashes[index])
+        sequence.published = max(sequence.published, int(full))
+
+    def _hasher(self, sequence: Sequence) -> PrefixHasher:
+        salt = sequence.group.request.salt
+        if salt not in self._hashers:
+            self._hashers[salt] = PrefixHasher(
+                self.limits.model_fingerprint, self.limits.block_size, salt
+            )
+        return self._hashers[salt]
+
+    def _enqueue(self, group: SequenceGroup) -> None:
+        bisect.insort(self._waiting, group, key=lambda waiting: waiting.order)
+
+    def _next_arrival(self) -> int:
+        self._arrivals += 1
+        return self._arrivals

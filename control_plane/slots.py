@@ -1,0 +1,89 @@
+"""The slot table: one row of NumPy columns per resident sequence, and every block table.
+
+A decode step for a thousand sequences is a few vector operations over these columns. This module
+alone knows their layout; the engine keeps its own mirror of lengths, tokens and tables.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from control_plane.blocks import Int32Array
+from control_plane.request import MAX_STOP_IDS, Sequence
+
+
+class SlotTable:
+    """Columns, by slot.
+
+    Attributes:
+        length: tokens once every planned step is done, the ones in flight included.
+        known: tokens whose ids have come back.
+        computed: tokens whose keys and values are in blocks once every planned step is done.
+        limit: tokens at which the sequence ends.
+        block_count: entries of its row in `blocks` that are in use.
+        serial: which occupant of the slot this is; results in flight carry it.
+        decoding: it is in the decode batch that the engine keeps.
+        owner: the occupant.
+        tokens: int32 [slots, length]; pages of it are only touched as far as sequences grow.
+        blocks: int32 [slots, blocks], the block tables.
+    """
+
+    def __init__(self, slot_count: int, max_length: int, block_size: int) -> None:
+        self.slot_count = slot_count
+        self.block_size = block_size
+        self.length = np.zeros(slot_count, np.int32)
+        self.known = np.zeros(slot_count, np.int32)
+        self.computed = np.zeros(slot_count, np.int32)
+        self.limit = np.zeros(slot_count, np.int32)
+        self.block_count = np.zeros(slot_count, np.int32)
+        self.serial = np.zeros(slot_count, np.int64)
+        self.decoding = np.zeros(slot_count, np.bool_)
+        self.stop_ids = np.full((slot_count, MAX_STOP_IDS), -1, np.int32)
+        self.owner = np.full(slot_count, None, object)
+        self.tokens = np.zeros((slot_count, max_length + 1), np.int32)
+        self.blocks = np.zeros((slot_count, -(-max_length // block_size) + 1), np.int32)
+        self._free = list(range(slot_count - 1, -1, -1))
+
+    @property
+    def free_count(self) -> int:
+        return len(self._free)
+
+    def occupy(self, sequence: Sequence, slot: int | None = None) -> int:
+        """Gives the sequence a slot (a given one when an engine's state is taken over)."""
+        if slot is None:
+            slot = self._free.pop()
+        else:
+            self._free.remove(slot)
+        request = sequence.group.request
+        sequence.slot = slot
+        self.owner[slot] = sequence
+        self.serial[slot] += 1
+        self.limit[slot] = request.length_limit
+        self.stop_ids[slot] = -1
+        self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
+        self.decoding[slot] = False
+        self.length[slot] = self.known[slot] = self.computed[slot] = self.block_count[slot] = 0
+        return slot
+
+    def set_tokens(self, slot: int, tokens: Int32Array) -> None:
+        self.tokens[slot, : len(tokens)] = tokens
+        self.length[slot] = self.known[slot] = len(tokens)
+
+    def set_blocks(self, slot: int, blocks: Int32Array) -> None:
+        self.blocks[slot, : len(blocks)] = blocks
+        self.block_count[slot] = len(blocks)
+
+    def known_tokens(self, slot: int) -> Int32Array:
+        return self.tokens[slot, : self.known[slot]]
+
+    def table(self, slot: int) -> Int32Array:
+        return self.blocks[slot, : self.block_count[slot]]
+
+    def vacate(self, slot: int) -> None:
+        self.owner[slot].slot = -1
+        self.owner[slot] = None
+        self.decoding[slot] = False
+        self.block_count[slot] = 0
+        # Results in flight for the old occupant no longer match.
+        self.serial[slot] += 1
+        self._free.append(slot)

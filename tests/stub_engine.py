@@ -1,0 +1,106 @@
+"""An engine without a model: the real resident state and plan checks, an arithmetic sampler.
+
+Its tokens depend on the whole sequence and on the sample index, so a wrong block table, token or
+fork shows in the output. Keys and values are stood in for by "the token whose key is here", one
+integer per block row, which attention would have read: a copy, share or write gone wrong shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from control_plane.engine_wire import decode_result, decode_snapshot, encode_plan
+from control_plane.plan import Plan, Snapshot, StepResult
+from control_plane.scheduler import SchedulerLimits
+from data_plane.plan import decode_plan
+from data_plane.plan_check import check_plan
+from data_plane.result import encode_result, encode_snapshot
+from data_plane.sampler import Samples
+from data_plane.state import ResidentState, StepBatch
+from protos.engine.v1 import engine_pb2
+
+VOCABULARY = 1000
+
+
+def draw(tokens: np.ndarray, sample_index: int) -> int:
+    """The token that follows `tokens` in this sample: a pure function of both."""
+    data = np.asarray(tokens, "<i4").tobytes() + bytes([sample_index])
+    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little") % VOCABULARY
+
+
+def expected(prompt: list[int], count: int, sample_index: int = 0) -> list[int]:
+    """What a request generates when nothing stops it."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(draw(np.array(tokens), sample_index))
+    return tokens[len(prompt) :]
+
+
+class StubEngine:
+    def __init__(self, limits: SchedulerLimits, host_blocks: int = 64) -> None:
+        self.limits = limits
+        self.state = ResidentState(
+            limits.slot_count,
+            limits.max_length,
+            limits.block_size,
+            limits.block_count,
+            host_blocks,
+            VOCABULARY,
+        )
+        self.keys = np.full(limits.block_count * limits.block_size, -1, np.int64)
+        self.fault: Callable[[int, np.ndarray], bool] = lambda slot, tokens: False
+        self.prefill_tokens = 0
+        self.messages: list[engine_pb2.StepPlan] = []
+
+    def execute(self, plan: Plan, epoch: int = 1) -> StepResult:
+        """Sends a plan over the wire format, executes it, and sends its result back likewise."""
+        message = encode_plan(plan, epoch)
+        self.messages.append(message)
+        columns = decode_plan(engine_pb2.StepPlan.FromString(message.SerializeToString()))
+        check_plan(columns, self.state, self.limits.step_tokens)
+        moves = self.state.apply_moves(columns)
+        size = self.limits.block_size
+        rows = self.keys.reshape(-1, size)
+        rows[moves.copies[1]] = rows[moves.copies[0]]
+        batch = self.state.lay_out(columns)
+        self.prefill_tokens += int(batch.counts[batch.decode_count :].sum())
+        written = batch.slot_mapping >= 0
+        self.keys[batch.slot_mapping[written]] = batch.token_ids[written]
+        samples = self._sample(batch)
+        self.state.commit(columns, batch, samples.token_ids)
+        self.state.check()
+        result = encode_result(columns, batch, samples, None, (0, 0, 0, 0))
+        return decode_result(engine_pb2.StepResult.FromString(result.SerializeToString()))
+
+    def _sample(self, batch: StepBatch) -> Samples:
+        ids = np.zeros(len(batch.sampled_slots), np.int32)
+        faults = []
+        for row, slot in enumerate(batch.sampled_slots.tolist()):
+            count = int(self.state.token_count[slot])
+            tokens = self.state.tokens[slot, :count]
+            self._check_keys(slot, tokens)
+            if self.fault(slot, tokens):
+                ids[row] = -1
+                faults.append((row, "planted"))
+            else:
+                ids[row] = draw(tokens, int(self.state.sampling.sample_index[slot]))
+        return Samples(ids, None, faults)
+
+    def _check_keys(self, slot: int, tokens: np.ndarray) -> None:
+        positions = np.arange(len(tokens))
+        size = self.limits.block_size
+        blocks = self.state.tables[slot, positions // size].astype(np.int64)
+        seen = self.keys[blocks * size + positions % size]
+        if not np.array_equal(seen, tokens):
+            wrong = int(np.flatnonzero(seen != tokens)[0])
+            raise AssertionError(f"slot {slot} reads another's key at position {wrong}")
+
+    def snapshot(self) -> Snapshot:
+        self.state.decoding[:] = False
+        parts = encode_snapshot(self.state)
+        return decode_snapshot(
+            [engine_pb2.SnapshotPart.FromString(part.SerializeToString()) for part in parts]
+        )
