@@ -40,8 +40,8 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._announced: dict[int, bytes] = {}
-        self._index_added: list[bytes] = []
-        self._index_removed: list[bytes] = []
+        # The last thing that happened to a hash is what counts for the index.
+        self._index_changes: dict[bytes, bool] = {}
 
     @property
     def cached_count(self) -> int:
@@ -78,7 +78,7 @@ class BlockPool:
         self.reference_counts[blocks] += 1
 
     def release(self, blocks: Int32Array) -> None:
-        """Drops one reference from each of `blocks`: one sequence's, in table order, no id twice."""
+        """Drops one reference from each of `blocks`: one sequence's table, in order."""
         self.reference_counts[blocks] -= 1
         unused = blocks[self.reference_counts[blocks] == 0]
         hashed = self._hashed[unused]
@@ -131,16 +131,16 @@ class BlockPool:
         return announced
 
     def take_index_changes(self) -> tuple[list[bytes], list[bytes]]:
-        """Returns the hashes (added, removed) since the last call: what the prefix index is told."""
-        changes = self._index_added, self._index_removed
-        self._index_added, self._index_removed = [], []
-        return changes
+        """Returns hashes (added, removed) since the last call: what the index is told."""
+        changes, self._index_changes = self._index_changes, {}
+        added = [digest for digest, held in changes.items() if held]
+        return added, [digest for digest, held in changes.items() if not held]
 
     def held_hashes(self) -> list[bytes]:
         return list(self._block_of)
 
     def check(self) -> None:
-        """Raises AssertionError unless blocks are conserved: free + cached + referenced = total."""
+        """Raises AssertionError unless free + cached + referenced = total."""
         referenced = int(np.count_nonzero(self.reference_counts))
         free = self._free[: self.free_count]
         cached = np.fromiter(self._evictable, np.int32, len(self._evictable))
@@ -170,7 +170,7 @@ class BlockPool:
         self._block_of[digest] = block
         self._hash_of[block] = digest
         self._hashed[block] = True
-        self._index_added.append(digest)
+        self._index_changes[digest] = True
 
     def _drop_hash(self, block: int) -> None:
         digest = self._hash_of.pop(block)
@@ -178,4 +178,4 @@ class BlockPool:
         self._hashed[block] = False
         # An announcement that the engine has not seen yet must not outlive the block's content.
         self._announced.pop(block, None)
-        self._index_removed.append(digest)
+        self._index_changes[digest] = False

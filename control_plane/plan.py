@@ -99,12 +99,16 @@ class Outcome:
         slots: int32 [n], the slots they had when the step ran.
         token_ids: int32 [n].
         finished: ended sequences with the reason and, for an error, its sentence.
+        logprobs: by slot.
+        prompt_logprobs: (position, log-probability) pairs by sequence.
     """
 
     sequences: npt.NDArray[np.object_]
     slots: Int32Array
     token_ids: Int32Array
     finished: list[tuple[Sequence, FinishReason, str]]
+    logprobs: dict[int, Logprob]
+    prompt_logprobs: list[tuple[Sequence, list[tuple[int, Logprob]]]]
 
 
 @dataclass(frozen=True, slots=True)

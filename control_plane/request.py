@@ -64,7 +64,7 @@ class Request:
         return self.sampling.logprob_count >= 0 or self.sampling.prompt_logprob_count >= 0
 
     def blocks_at_worst(self, block_size: int) -> int:
-        """Blocks that all samples together can come to need: shared full prompt blocks, own rest."""
+        """Blocks that all samples together can come to need: prompt shared, the rest their own."""
         shared = len(self.prompt) // block_size
         # The last token's keys and values are never written.
         longest = -(-(self.length_limit - 1) // block_size)
@@ -102,6 +102,11 @@ class Sequence:
     published: int = 0
     cached: int = 0
     finish: FinishReason | None = None
+
+    def extend(self, token_ids: list[int]) -> None:
+        """Adds output of a former residence to a sequence that waits."""
+        if token_ids:
+            self.tokens = np.concatenate([self.tokens, np.array(token_ids, np.int32)])
 
 
 @dataclass(eq=False, slots=True)

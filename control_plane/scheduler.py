@@ -4,11 +4,11 @@ Pure: no I/O, no clock, no randomness. `submit` and `cancel` say what is wanted,
 the next step plan, `apply` takes a result. Plans may be ahead of results: the engine feeds its own
 last token into the next step, so a plan only needs to know how many tokens there will be. A
 sequence that turns out to have ended meanwhile wastes the steps in flight, nothing more: results
-carry the serial number of a slot's occupant.
+are matched with the serial number of a slot's occupant.
 
 Policies: by priority, then first come, first served; decodes first, then chunks of prompts under a
-token budget; out of blocks preempts the group that is last in that same order, whole, and recomputes
-it later from its tokens, minus what the prefix cache still has.
+token budget. Out of blocks, the group that is last in that same order is preempted whole, and later
+recomputed from its tokens, minus what the prefix cache still has.
 """
 
 from __future__ import annotations
@@ -56,9 +56,12 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
+    """A plan whose result is awaited: who is sampled, and who runs a chunk, by slot and serial."""
+
     step: int
     slots: Int32Array
     serials: npt.NDArray[np.int64]
+    chunks: dict[int, int]
 
 
 @dataclass(slots=True)
@@ -72,7 +75,7 @@ class Totals:
 
 
 class Scheduler:
-    """Schedules one engine. Not thread-safe; every call is O(changes) plus a few vector operations."""
+    """Schedules one engine. Every call costs O(changes) and a few vector operations."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
@@ -152,7 +155,8 @@ class Scheduler:
             return None
         self._touch_chunks(plan)
         slots = np.concatenate([run, np.array(sampled + plan.fork_children, np.int32)])
-        self._in_flight.append(_InFlight(plan.step, slots, self.slots.serial[slots]))
+        chunks = {slot: int(self.slots.serial[slot]) for slot in plan.chunk_slots}
+        self._in_flight.append(_InFlight(plan.step, slots, self.slots.serial[slots], chunks))
         self._step = plan.step
         return plan
 
@@ -167,27 +171,30 @@ class Scheduler:
         flight = self._in_flight.popleft()
         if len(result.token_ids) != len(flight.slots):
             raise ValueError(f"{len(result.token_ids)} tokens for {len(flight.slots)} sequences")
-        slots, table = flight.slots, self.slots
+        slots, table, tokens = flight.slots, self.slots, result.token_ids
         current = table.serial[slots] == flight.serials
-        faulted = [slot for slot in result.faults if table.owner[slot] is not None]
-        if faulted:
-            current &= ~np.isin(slots, faulted)
+        if result.faults:
+            current &= ~np.isin(slots, list(result.faults))
         if not current.all():
-            slots = slots[current]
-        tokens = result.token_ids if current.all() else result.token_ids[current]
+            slots, tokens = slots[current], tokens[current]
         table.tokens[slots, table.known[slots]] = tokens
         table.known[slots] += 1
         stopped = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)
         ended = stopped | (table.known[slots] >= table.limit[slots])
         sequences = table.owner[slots]
+        prompt_logprobs = [
+            (table.owner[slot], logprobs)
+            for slot, logprobs in result.prompt_logprobs.items()
+            if table.serial[slot] == flight.chunks.get(slot)
+        ]
         finished: list[tuple[Sequence, FinishReason, str]] = []
         for row in np.flatnonzero(ended).tolist():
             reason = FinishReason.STOP if stopped[row] else FinishReason.LENGTH
             finished.append((sequences[row], reason, ""))
             self._retire(sequences[row], reason)
-        for slot in faulted:
-            self._fail(slot, flight, result.faults[slot], finished)
-        return Outcome(sequences, slots, tokens, finished)
+        for slot, sentence in result.faults.items():
+            self._fail(slot, flight, sentence, finished)
+        return Outcome(sequences, slots, tokens, finished, result.logprobs, prompt_logprobs)
 
     @property
     def steps_in_flight(self) -> int:
@@ -196,6 +203,13 @@ class Scheduler:
     @property
     def waiting_count(self) -> int:
         return len(self._waiting)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens that wait to be computed: of queued requests, and of prompts begun."""
+        queued = sum(len(seq.tokens) for group in self._waiting for seq in group.waiting)
+        begun = [sequence.slot for sequence in self._prefilling]
+        return queued + int((self.slots.length[begun] - self.slots.computed[begun]).sum())
 
     @property
     def running_count(self) -> int:
@@ -209,14 +223,19 @@ class Scheduler:
     # A new leader's beginning.
 
     def restore(
-        self, rows: list[tuple[Sequence, ResidentRow]], hashes: dict[int, bytes], step: int = 0
+        self,
+        rows: list[tuple[Sequence, ResidentRow]],
+        hashes: dict[int, bytes],
+        released: list[int] | None = None,
     ) -> None:
         """Takes over an engine's resident sequences; called once, before anything else.
+
+        `released` are resident slots that nobody wants; the first plan empties them.
 
         Sequences that have ended already are retired: the caller finds out by `ended_at`, too.
         Samples that the engine does not hold any more are generated again from the prompt.
         """
-        self._step = step
+        self._released += released or []
         references = np.zeros(self.limits.block_count, np.int32)
         for _, row in rows:
             references[row.blocks] += 1
@@ -244,13 +263,13 @@ class Scheduler:
         self._resident[group] = None
         prompt = len(group.request.prompt)
         resident = group.resident()
-        group.waiting, group.unforked = [], []
-        if all(self.slots.known[sequence.slot] == prompt for sequence in resident):
-            group.unforked = [seq for seq in group.sequences if seq.slot < 0 and not seq.finish]
-            for sequence in group.unforked:
-                self.slots.occupy(sequence)
-        else:
-            group.waiting = [seq for seq in group.sequences if seq.slot < 0 and not seq.finish]
+        absent = [seq for seq in group.sequences if seq.slot < 0 and seq.finish is None]
+        begun = any(len(seq.tokens) > prompt for seq in absent) or any(
+            self.slots.known[seq.slot] > prompt for seq in resident
+        )
+        group.waiting, group.unforked = (absent, []) if begun else ([], absent)
+        for sequence in group.unforked:
+            self.slots.occupy(sequence)
         for sequence in resident:
             slot = sequence.slot
             known = int(self.slots.known[slot])
@@ -485,8 +504,8 @@ class Scheduler:
         finished: list[tuple[Sequence, FinishReason, str]],
     ) -> None:
         sequence = self.slots.owner[slot]
-        position = np.flatnonzero(flight.slots == slot)
-        if len(position) and self.slots.serial[slot] != flight.serials[position[0]]:
+        serials = [*flight.serials[flight.slots == slot].tolist(), flight.chunks.get(slot)]
+        if sequence is None or self.slots.serial[slot] not in serials:
             return
         # Nobody may build on what this sequence computed.
         self.pool.forget(self.slots.table(slot))

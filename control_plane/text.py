@@ -52,7 +52,7 @@ class SampleText:
     def between(self, start: int, end: int) -> str:
         """Characters `start` to `end` of the text."""
         self._buffer.seek(start)
-        return self._buffer.read(max(end - start, 0))
+        return self._buffer.read(max(min(end, self._length) - start, 0))
 
     def push(self, token_id: int) -> StopMatch | None:
         """Adds the next token. The match is that stop string which is complete first in the text,

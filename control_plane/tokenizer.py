@@ -41,9 +41,9 @@ class TextDecoder(Protocol):
 class PromptTokenizer:
     """A model's tokenizer and chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, environment: ChatTemplate | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
-        self._template = environment
+        self._template = template
         self._texts = TokenTexts(tokenizer)
 
     @classmethod
@@ -152,49 +152,36 @@ class TokenTexts:
         self._byte_fallback = "ByteFallback" in kinds
         self._tokenizer = tokenizer
         self._special = {each["content"] for each in spec["added_tokens"] if each["special"]}
-        self._bytes: dict[int, bytes] = {}
-        self._pieces: dict[int, str | int] = {}
+        self._pieces: dict[int, str | bytes | None] = {}
 
-    def bytes_of(self, token_id: int) -> bytes:
-        """For byte-level tokenizers: the token's bytes; none where it is skipped."""
-        found = self._bytes.get(token_id)
-        if found is None:
-            token = self._token(token_id)
-            codes = [_BYTE_OF_CHARACTER.get(character, -1) for character in token]
-            # A token with a character outside the alphabet was added as it is.
-            found = token.encode() if -1 in codes else bytes(codes)
-            self._bytes[token_id] = found
-        return found
+    def piece(self, token_id: int) -> str | bytes | None:
+        """What the token adds behind another: text, or raw bytes that are part of some character.
 
-    def piece(self, token_id: int) -> str | int:
-        """For the others: the text of a token that is not the first, or a single raw byte."""
-        found = self._pieces.get(token_id)
-        if found is None:
-            token = self._token(token_id)
-            byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token) if self._byte_fallback else None
-            if byte:
-                found = int(byte[1], 16)
-            else:
-                # Behind another token: the text's beginning is treated in its own way.
-                found = self._decode(["a", token])[1:] if token else ""
-            self._pieces[token_id] = found
-        return found
+        None for tokens that decoding leaves out: special and unknown ones.
+        """
+        if token_id not in self._pieces:
+            token = self._tokenizer.id_to_token(token_id)
+            left_out = token is None or token in self._special
+            self._pieces[token_id] = None if left_out else self._work_out(token or "")
+        return self._pieces[token_id]
 
     def beginning(self, token_ids: Sequence[int]) -> str:
-        """The text of the first tokens."""
-        return self._decode([self._token(token_id) for token_id in token_ids])
+        """The text of the first tokens, none of them left out."""
+        return self._decode([self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids])
 
-    def is_skipped(self, token_id: int) -> bool:
-        return not self._token(token_id)
+    def _work_out(self, token: str) -> str | bytes:
+        if self.byte_level:
+            codes = [_BYTE_OF_CHARACTER.get(character, -1) for character in token]
+            # A token with a character outside the alphabet was added as it is.
+            return token.encode() if -1 in codes else bytes(codes)
+        if self._byte_fallback and (byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
+            return bytes.fromhex(byte[1])
+        # Behind another token, because a text's beginning is treated in its own way.
+        return self._decode(["a", token])[1:]
 
     def _decode(self, tokens: list[str]) -> str:
         decoder = self._tokenizer.decoder
         return " ".join(tokens) if decoder is None else decoder.decode(tokens)
-
-    def _token(self, token_id: int) -> str:
-        """The token's form in the vocabulary; empty for special and unknown ones."""
-        token = self._tokenizer.id_to_token(token_id)
-        return "" if token is None or token in self._special else token
 
 
 class Utf8Decoder:
@@ -205,7 +192,8 @@ class Utf8Decoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        return self._decoder.decode(self._texts.bytes_of(token_id))
+        piece = self._texts.piece(token_id)
+        return self._decoder.decode(piece) if isinstance(piece, bytes) else ""
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -221,30 +209,32 @@ class PieceDecoder:
     def __init__(self, texts: TokenTexts) -> None:
         self._texts = texts
         self._at_beginning = True
-        self._run: list[int] = []  # token ids of raw bytes
+        self._run = bytearray()
+        self._run_ids: list[int] = []
 
     def push(self, token_id: int) -> str:
-        if self._texts.is_skipped(token_id):
-            return ""
         piece = self._texts.piece(token_id)
-        if isinstance(piece, int):
-            self._run.append(token_id)
+        if piece is None:
+            return ""
+        if isinstance(piece, bytes):
+            self._run += piece
+            self._run_ids.append(token_id)
             return ""
         before = self.finish()
         if self._at_beginning:
-            piece = self._texts.beginning([token_id])
             self._at_beginning = False
+            piece = self._texts.beginning([token_id])
         return before + piece
 
     def finish(self) -> str:
         if not self._run:
             return ""
-        run, self._run = self._run, []
-        if self._at_beginning:
-            self._at_beginning = False
-            return self._texts.beginning(run)
+        run, run_ids, at_beginning = self._run, self._run_ids, self._at_beginning
+        self._run, self._run_ids, self._at_beginning = bytearray(), [], False
+        if at_beginning:
+            return self._texts.beginning(run_ids)
         try:
-            return bytes(self._texts.piece(token_id) for token_id in run).decode()
+            return run.decode()
         except UnicodeDecodeError:
             return "\ufffd" * len(run)
 

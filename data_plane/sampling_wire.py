@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -28,7 +30,7 @@ _SCALARS = {
 def check_sampling(rows: Admissions, vocabulary_size: int) -> None:
     """Raises PlanError ("INVALID") unless every sampling column fits its admissions."""
     for name, (_, dtype, low, high) in _SCALARS.items():
-        values = column(getattr(rows.sampling, name), name, dtype)
+        values: npt.NDArray[Any] = column(getattr(rows.sampling, name), name, dtype)
         if len(values) not in (0, len(rows.slots)):
             raise PlanError("INVALID", f"sampling.{name}: not one entry per admission")
         limit = vocabulary_size if name == "top_ks" else high

@@ -108,7 +108,7 @@ class ResidentState:
 
     def apply_moves(self, plan: PlanColumns) -> Moves:
         """Applies all of a checked plan that precedes its forward pass."""
-        self._release(plan.released_slots)
+        self.release(plan.released_slots)
         swap_out = self._swap(plan.swap_out_slots, plan.swap_out_blocks, plan.swap_out_targets)
         swap_in = self._swap(plan.swap_in_slots, plan.swap_in_blocks, plan.swap_in_targets)
         self._truncate(plan.truncated_slots, plan.truncated_token_counts)
@@ -121,7 +121,8 @@ class ResidentState:
         self.decoding[plan.decode_joins] = True
         return Moves(swap_out, swap_in, copies)
 
-    def _release(self, slots: Int32Array) -> None:
+    def release(self, slots: Int32Array) -> None:
+        """Empties resident slots; their blocks lose a reference each."""
         for slot in slots.tolist():
             if not self.swapped[slot]:
                 np.subtract.at(self.reference_counts, self.table(slot), 1)

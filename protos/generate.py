@@ -22,8 +22,14 @@ def generate(out: Path) -> None:
     """
     files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("protos/*/v1/*.proto"))
     status = protoc.main(
-        ["protoc", f"-I{ROOT}", f"--python_out={out}", f"--pyi_out={out}"]
-        + [f"--grpc_python_out={out}", *files]
+        [
+            "protoc",
+            f"-I{ROOT}",
+            f"--python_out={out}",
+            f"--pyi_out={out}",
+            f"--grpc_python_out={out}",
+            *files,
+        ]
     )
     if status != 0:
         raise RuntimeError(f"protoc failed with status {status}")

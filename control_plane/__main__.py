@@ -1,0 +1,31 @@
+"""The control-plane process: ``python -m control_plane --help``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import uvloop
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from control_plane.server import serve
+from control_plane.settings import Settings
+
+
+def main() -> int:
+    try:
+        settings = CliApp.run(Settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        print(f"setting {first['loc'][0]}: {first['msg']}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    uvloop.run(serve(settings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

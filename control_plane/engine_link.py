@@ -1,0 +1,174 @@
+"""The connection to one engine: describe, tokenizer, and the Lead stream. Knows grpc and pb2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+
+from control_plane.engine_wire import decode_result, decode_snapshot, encode_plan
+from control_plane.plan import Plan, Snapshot, StepResult
+from control_plane.tokenizer import PromptTokenizer
+from protos import wire
+from protos.engine.v1 import engine_pb2, engine_pb2_grpc
+
+LeadCall: TypeAlias = "grpc.aio.StreamStreamCall[engine_pb2.LeadRequest, engine_pb2.LeadResponse]"
+
+
+class LinkLost(Exception):
+    """The engine cannot be reached, or ended the Lead stream; says why."""
+
+
+class Refused(Exception):
+    """Another replica leads the engine; `leader_address` says where it is."""
+
+    def __init__(self, leader_address: str) -> None:
+        super().__init__(f"led from {leader_address or 'elsewhere'}")
+        self.leader_address = leader_address
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine says of itself; constant for one incarnation."""
+
+    engine_id: str
+    incarnation: str
+    model: str
+    fingerprint: str
+    block_size: int
+    block_count: int
+    slot_count: int
+    step_tokens: int
+    max_length: int
+    vocabulary_size: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer_digest: str
+
+
+class EngineLink:
+    """One engine's address. Channels reconnect by themselves; calls raise LinkLost."""
+
+    def __init__(self, address: str, tls: wire.Tls | None = None) -> None:
+        self.address = address
+        self._channel = wire.channel(address, tls)
+        self._stub = engine_pb2_grpc.EngineServiceStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def describe(self) -> EngineFacts:
+        try:
+            answer = await self._stub.Describe(engine_pb2.DescribeRequest(), timeout=5)
+        except grpc.aio.AioRpcError as error:
+            raise _lost(error) from error
+        return EngineFacts(
+            engine_id=answer.engine_id,
+            incarnation=answer.incarnation,
+            model=answer.model,
+            fingerprint=answer.model_fingerprint,
+            block_size=answer.geometry.block_size_tokens,
+            block_count=answer.geometry.device_block_count,
+            slot_count=answer.limits.max_slots,
+            step_tokens=answer.limits.max_tokens_per_step,
+            max_length=answer.limits.max_model_length,
+            vocabulary_size=answer.vocabulary_size,
+            eos_token_ids=tuple(answer.eos_token_ids),
+            tokenizer_digest=answer.tokenizer_digest,
+        )
+
+    async def tokenizer(self) -> PromptTokenizer:
+        """Fetches the tokenizer; only for engines whose facts name a tokenizer digest."""
+        data, template, special = bytearray(), "", {}
+        try:
+            async for part in self._stub.GetTokenizer(engine_pb2.GetTokenizerRequest(), timeout=60):
+                data += part.tokenizer_json
+                template = part.chat_template or template
+                special.update(part.special_tokens.tokens)
+        except grpc.aio.AioRpcError as error:
+            raise _lost(error) from error
+        return PromptTokenizer.from_parts(bytes(data), template or None, special)
+
+    async def lead(self, own_address: str) -> Leadership:
+        """Claims the engine.
+
+        Raises:
+            Refused: another replica leads it.
+            LinkLost: it cannot be reached.
+        """
+        call = self._stub.Lead()
+        try:
+            claim = engine_pb2.Claim(leader_address=own_address)
+            await call.write(engine_pb2.LeadRequest(claim=claim))
+            answer = await _read(call)
+            if answer.WhichOneof("message") == "refused":
+                call.cancel()
+                raise Refused(answer.refused.leader_address)
+            granted = answer.granted
+            parts = [(await _read(call)).snapshot_part for _ in range(granted.snapshot_part_count)]
+        except grpc.aio.AioRpcError as error:
+            raise _lost(error) from error
+        except BaseException:
+            call.cancel()
+            raise
+        return Leadership(call, granted.epoch, granted.incarnation, decode_snapshot(parts))
+
+
+class Leadership:
+    """The Lead stream of one epoch.
+
+    Attributes:
+        snapshot: what was resident when it was granted.
+        plan_bytes: size of the last plan sent, for metrics.
+    """
+
+    def __init__(
+        self,
+        call: LeadCall,
+        epoch: int,
+        incarnation: str,
+        snapshot: Snapshot,
+    ) -> None:
+        self._call = call
+        self.epoch, self.incarnation, self.snapshot = epoch, incarnation, snapshot
+
+    async def send(self, plan: Plan) -> None:
+        await self._write(engine_pb2.LeadRequest(plan=encode_plan(plan, self.epoch)))
+
+    async def heartbeat(self) -> None:
+        await self._write(engine_pb2.LeadRequest(heartbeat=engine_pb2.Heartbeat()))
+
+    async def result(self) -> StepResult:
+        """Waits for the next result."""
+        try:
+            answer = await _read(self._call)
+        except grpc.aio.AioRpcError as error:
+            raise _lost(error) from error
+        if answer.WhichOneof("message") != "result":
+            raise LinkLost("the engine sent something that is no result")
+        return decode_result(answer.result)
+
+    def close(self) -> None:
+        self._call.cancel()
+
+    async def _write(self, message: engine_pb2.LeadRequest) -> None:
+        try:
+            await self._call.write(message)
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            raise _lost(error) from error
+        except grpc.aio.InternalError as error:
+            raise LinkLost(str(error)) from error
+
+
+async def _read(call: LeadCall) -> engine_pb2.LeadResponse:
+    answer = await call.read()
+    if answer is grpc.aio.EOF:
+        raise LinkLost("the engine ended the stream")
+    assert isinstance(answer, engine_pb2.LeadResponse)  # noqa: S101
+    return answer
+
+
+def _lost(error: Exception) -> LinkLost:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return LinkLost(f"{error.code().name}: {error.details()}")
+    return LinkLost(str(error))

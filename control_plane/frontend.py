@@ -1,0 +1,299 @@
+"""The public inference API: a client's message to the scheduler, and back. Knows grpc and pb2."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from control_plane import records
+from control_plane.engine_link import EngineFacts
+from control_plane.generation import Delta, Ending, Generation, Generations
+from control_plane.leader import EngineLeader
+from control_plane.metrics import Metrics
+from control_plane.plan import Logprob
+from control_plane.request import FinishReason, Request
+from control_plane.router import NoEngine, Router, UnknownModel
+from control_plane.scheduler import NeverFits, QueueFull
+from control_plane.step_loop import StepLoop
+from control_plane.tokenizer import PromptError, PromptTokenizer
+from control_plane.utf8 import find_invalid_utf8
+from protos import validation, wire
+from protos.inference.v1 import inference_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+# Longer prompts are tokenised and hashed beside the event loop.
+_LONG_PROMPT = 16_384
+_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What a call's bytes become that are no request."""
+
+    error: wire.RpcError
+
+
+def parse_request(data: bytes) -> pb.GenerateRequest | Unreadable:
+    """Deserialises a request; bytes that are none are answered, not dropped."""
+    try:
+        return pb.GenerateRequest.FromString(data)
+    except DecodeError:
+        field = find_invalid_utf8(data, pb.GenerateRequest.DESCRIPTOR)  # type: ignore[arg-type]
+        if field is None:
+            return Unreadable(wire.bad_field("request", "is no GenerateRequest"))
+        return Unreadable(wire.bad_field(field, "is no valid UTF-8"))
+
+
+class Frontend:
+    """Thin: validates, tokenises, hands over, and streams what the generation has.
+
+    Args:
+        tenant_of: whose prefix cache a call uses, from its authenticated peer.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        generations: Generations,
+        metrics: Metrics,
+        tenant_of: Callable[[wire.Context], str] = lambda _: "",
+    ) -> None:
+        self._router, self._generations = router, generations
+        self._metrics, self._tenant_of = metrics, tenant_of
+        self.draining = False
+
+    async def Generate(
+        self, message: pb.GenerateRequest | Unreadable, context: wire.Context
+    ) -> None:
+        try:
+            if isinstance(message, Unreadable):
+                raise message.error
+            generation = await self._generation(message, self._tenant_of(context))
+            received = list(message.received_token_counts) or [0] * len(generation.samples)
+            await self._stream(generation, received, context)
+        except wire.RpcError as error:
+            self._metrics.rejected.labels(error.code.name).inc()
+            await wire.abort(context, error)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception:
+            reference = uuid.uuid4().hex[:12]
+            log.exception("error %s", reference)
+            await context.abort(grpc.StatusCode.INTERNAL, f"internal error {reference}")
+
+    async def Cancel(self, message: pb.CancelRequest, context: wire.Context) -> pb.CancelResponse:
+        try:
+            if not message.request_id:
+                raise wire.bad_field("request_id", "is empty")
+            generation = self._generations.running(message.request_id)
+            if generation is None:
+                sentence = "no such generation is waiting or running here"
+                raise wire.failed(grpc.StatusCode.NOT_FOUND, "NO_GENERATION", sentence)
+            self._cancel(generation)
+        except wire.RpcError as error:
+            await wire.abort(context, error)
+        return pb.CancelResponse()
+
+    # Finding or starting the generation.
+
+    async def _generation(self, message: pb.GenerateRequest, tenant: str) -> Generation:
+        if self.draining:
+            raise wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", "this replica is draining")
+        try:
+            candidates = self._router.candidates(message.model)
+            facts, tokenizer = _facts(candidates[0]), candidates[0].tokenizer
+            limits = validation.ModelLimits(facts.vocabulary_size, facts.max_length)
+            validation.check_request(message, limits)
+            digest = records.request_digest(message)
+            if (existing := self._existing(message.request_id, digest)) is not None:
+                return existing
+            prompt = await self._tokenise(message, tokenizer)
+            max_tokens = validation.check_length(len(prompt), message.stopping, limits)
+            request = await self._request(message, prompt, max_tokens, facts, tenant)
+            loop = await self._router.choose(request, candidates)
+        except UnknownModel as error:
+            raise wire.failed(grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL", str(error)) from error
+        except NoEngine as error:
+            raise wire.failed(grpc.StatusCode.UNAVAILABLE, "NO_ENGINE", str(error)) from error
+        # Another call with the same id may have come while this one waited.
+        if (existing := self._existing(request.request_id, digest)) is not None:
+            return existing
+        stop_strings = tuple(message.stopping.stop_strings)
+        generation = Generation(request, digest, tokenizer, stop_strings, facts.fingerprint)
+        self._submit(loop, generation)
+        return generation
+
+    def _existing(self, request_id: str, digest: bytes) -> Generation | None:
+        generation = self._generations.get(request_id) if request_id else None
+        if generation is None or generation.digest == digest:
+            return generation
+        if self._generations.running(request_id) is None:
+            return None  # The id is free again: its generation has ended.
+        sentence = f"request id {request_id} is running with a different request"
+        raise wire.failed(grpc.StatusCode.ALREADY_EXISTS, "DIFFERENT_REQUEST", sentence)
+
+    async def _tokenise(
+        self, message: pb.GenerateRequest, tokenizer: PromptTokenizer | None
+    ) -> list[int]:
+        form = message.WhichOneof("prompt")
+        if form == "token_ids":
+            return list(message.token_ids.ids)
+        if tokenizer is None:
+            raise wire.bad_field(form or "prompt", "this model has no tokenizer; send token_ids")
+        try:
+            if form == "text":
+                if len(message.text) > _LONG_PROMPT:
+                    return await asyncio.to_thread(tokenizer.encode, message.text)
+                return tokenizer.encode(message.text)
+            turns = [(turn.role, turn.content) for turn in message.chat.messages]
+            if sum(len(content) for _, content in turns) > _LONG_PROMPT:
+                return await asyncio.to_thread(tokenizer.encode_chat, turns)
+            return tokenizer.encode_chat(turns)
+        except PromptError as error:
+            raise wire.bad_field(error.field, str(error)) from error
+
+    async def _request(
+        self,
+        message: pb.GenerateRequest,
+        prompt: list[int],
+        max_tokens: int,
+        facts: EngineFacts,
+        tenant: str,
+    ) -> Request:
+        named = pb.GenerateRequest()
+        named.CopyFrom(message)
+        named.request_id = message.request_id or uuid.uuid4().hex
+        if len(prompt) > _LONG_PROMPT:
+            return await asyncio.to_thread(
+                records.new_request, named, prompt, max_tokens, facts, tenant
+            )
+        return records.new_request(named, prompt, max_tokens, facts, tenant)
+
+    def _submit(self, loop: StepLoop, generation: Generation) -> None:
+        try:
+            loop.submit(generation)
+        except NeverFits as error:
+            raise wire.bad_field("prompt", str(error)) from error
+        except QueueFull as error:
+            raise wire.overloaded(str(error), retry_seconds=1.0) from error
+        self._generations.add(generation)
+
+    # Streaming.
+
+    async def _stream(
+        self, generation: Generation, received: list[int], context: wire.Context
+    ) -> None:
+        try:
+            async with aclosing(generation.deltas(received)) as deltas:
+                async for delta in deltas:
+                    for event in _events(delta, generation):
+                        await context.write(event)
+            await context.write(pb.GenerateResponse(usage=_usage(generation)))
+        finally:
+            # A stream that ends early has lost its client: without any, nobody wants the rest.
+            if not generation.finished and generation.subscriber_count == 0:
+                self._cancel(generation)
+
+    def _cancel(self, generation: Generation) -> None:
+        for leader in self._router.leaders:
+            if leader.owns(generation):
+                leader.cancel(generation)
+                return
+        generation.end_all(FinishReason.CANCELLED)
+        self._generations.drop(generation)
+
+
+def add_to_server(frontend: Frontend, server: grpc.aio.Server) -> None:
+    """Registers the service with a deserialiser that can say which field is wrong."""
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Generate": grpc.unary_stream_rpc_method_handler(
+            frontend.Generate,
+            request_deserializer=parse_request,
+            response_serializer=pb.GenerateResponse.SerializeToString,
+        ),
+        "Cancel": grpc.unary_unary_rpc_method_handler(
+            frontend.Cancel,
+            request_deserializer=pb.CancelRequest.FromString,
+            response_serializer=pb.CancelResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+def _facts(leader: EngineLeader) -> EngineFacts:
+    if leader.facts is None:
+        raise NoEngine("no engine is attached")
+    return leader.facts
+
+
+def _accepted(generation: Generation) -> pb.Accepted:
+    return pb.Accepted(
+        request_id=generation.request.request_id,
+        prompt_token_count=len(generation.request.prompt),
+        cached_token_count=generation.cached_tokens,
+        engine_id=generation.engine_id,
+    )
+
+
+def _usage(generation: Generation) -> pb.Usage:
+    return pb.Usage(
+        prompt_token_count=len(generation.request.prompt),
+        cached_token_count=generation.cached_tokens,
+        output_token_count=sum(len(sample.token_ids) for sample in generation.samples),
+    )
+
+
+def _events(delta: Delta | None, generation: Generation) -> Iterable[pb.GenerateResponse]:
+    if delta is None:
+        yield pb.GenerateResponse(accepted=_accepted(generation))
+        return
+    if delta.token_ids or delta.text or delta.prompt_logprobs:
+        yield pb.GenerateResponse(
+            delta=pb.Delta(
+                sample=delta.sample,
+                text=delta.text,
+                token_ids=delta.token_ids,
+                logprobs=[_logprob(entry) for entry in delta.logprobs],
+                prompt_logprobs=[_logprob(entry) for entry in delta.prompt_logprobs],
+            )
+        )
+    if delta.ending is not None:
+        count = len(generation.samples[delta.sample].token_ids)
+        yield pb.GenerateResponse(finished=_finished(delta.sample, delta.ending, count))
+
+
+def _finished(sample: int, ending: Ending, token_count: int) -> pb.Finished:
+    return pb.Finished(
+        sample=sample,
+        reason=_REASONS[ending.reason],
+        stop_string=ending.stop_string,
+        stop_token_id=ending.stop_token_id,
+        message=ending.message,
+        token_count=token_count,
+    )
+
+
+def _logprob(entry: Logprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token_id=entry.token_id,
+        logprob=entry.logprob,
+        rank=entry.rank,
+        top_token_ids=[token for token, _ in entry.top],
+        top_logprobs=[logprob for _, logprob in entry.top],
+    )

@@ -1,0 +1,130 @@
+"""Leads one engine: claims it, runs a step loop while the stream lasts, and claims it again.
+
+When the stream breaks, everything known of running requests stays here, to be matched with the next
+snapshot, or goes to another engine if this one does not come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import Callable
+
+from control_plane.engine_link import EngineFacts, EngineLink, LinkLost, Refused
+from control_plane.generation import Generation, Generations
+from control_plane.prefix_index import EngineLife, PrefixIndex
+from control_plane.prefix_stats import PrefixStats
+from control_plane.request import FinishReason
+from control_plane.scheduler import Scheduler
+from control_plane.step_loop import LeaderSettings, StepLoop
+from control_plane.tokenizer import PromptTokenizer
+
+log = logging.getLogger(__name__)
+
+# How long an engine may be gone before its requests move to another one.
+REHOME_SECONDS = 1.0
+
+
+class LeaderState(enum.Enum):
+    CONNECTING = "connecting"
+    LED = "led"
+    FOLLOWED = "followed"
+
+
+class EngineLeader:
+    """One engine as this replica sees it.
+
+    Args:
+        rehome: called with generations whose engine does not come back; takes those that it can
+            run elsewhere and returns the others.
+
+    Attributes:
+        loop: the step loop of the present leadership.
+        leader_address: of whoever leads the engine.
+    """
+
+    def __init__(
+        self,
+        link: EngineLink,
+        generations: Generations,
+        index: PrefixIndex,
+        settings: LeaderSettings,
+        rehome: Callable[[list[Generation]], list[Generation]] = lambda stranded: stranded,
+    ) -> None:
+        self.link = link
+        self.state = LeaderState.CONNECTING
+        self.facts: EngineFacts | None = None
+        self.tokenizer: PromptTokenizer | None = None
+        self.loop: StepLoop | None = None
+        self.prefix_stats = PrefixStats()
+        self.epoch = 0
+        self.leader_address = ""
+        self._generations, self._index = generations, index
+        self._settings, self._rehome = settings, rehome
+        self._stranded: list[Generation] = []
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        return self.loop.scheduler if self.loop else None
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a generation at once; its blocks are free with the next plan."""
+        if self.loop is not None:
+            self.loop.cancel(generation)
+        if generation in self._stranded:
+            self._stranded.remove(generation)
+        generation.end_all(FinishReason.CANCELLED)
+        self._generations.drop(generation)
+
+    def owns(self, generation: Generation) -> bool:
+        running = self.loop is not None and self.loop.owns(generation)
+        return running or generation in self._stranded
+
+    async def run(self) -> None:
+        """Leads the engine whenever it lets this replica; until cancelled."""
+        lost_at = time.monotonic()
+        while True:
+            try:
+                await self._lead()
+            except Refused as refused:
+                self.state, self.leader_address = LeaderState.FOLLOWED, refused.leader_address
+            except LinkLost as lost:
+                if self.state is LeaderState.LED:
+                    log.warning("engine %s lost: %s", self.link.address, lost)
+                    lost_at = time.monotonic()
+                self.state = LeaderState.CONNECTING
+            if self._stranded and time.monotonic() - lost_at > REHOME_SECONDS:
+                self._stranded = self._rehome(self._stranded)
+            await asyncio.sleep(self._settings.retry_seconds)
+
+    async def _lead(self) -> None:
+        facts = await self.link.describe()
+        if self.facts is None or facts.tokenizer_digest != self.facts.tokenizer_digest:
+            self.tokenizer = await self.link.tokenizer() if facts.tokenizer_digest else None
+        former, self.facts = self.facts, facts
+        leadership = await self.link.lead(self._settings.own_address)
+        loop = StepLoop(
+            facts,
+            self.tokenizer,
+            self._settings,
+            self._generations,
+            self._index,
+            self.prefix_stats,
+        )
+        life = EngineLife(facts.engine_id, facts.incarnation)
+        try:
+            restarted = former is not None and former.incarnation != facts.incarnation
+            stranded, self._stranded = self._stranded, []
+            loop.take_over(leadership.snapshot, stranded, restarted)
+            self._index.track(facts.fingerprint, life, lambda _: loop.scheduler.pool.held_hashes())
+            self.loop, self.epoch = loop, leadership.epoch
+            self.state, self.leader_address = LeaderState.LED, self._settings.own_address
+            log.info("leads %s, epoch %d", facts.engine_id, leadership.epoch)
+            await loop.drive(leadership)
+        finally:
+            leadership.close()
+            self._index.forget(life)
+            self._stranded += loop.unfinished()
+            self.loop = None

@@ -1,0 +1,89 @@
+"""Prometheus metrics of one replica, read from the leaders when they are scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from control_plane.prefix_index import PrefixIndex
+    from control_plane.router import Router
+
+
+class Metrics:
+    """The registry, and the counters that are kept by hand."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.rejected = Counter(
+            "quire_requests_rejected", "Calls ended with an error, by status.", ["code"],
+            registry=self.registry,
+        )  # fmt: skip
+
+    def observe(self, router: Router, index: PrefixIndex) -> None:
+        self.registry.register(_StateCollector(router, index))
+
+
+class _StateCollector(Collector):
+    def __init__(self, router: Router, index: PrefixIndex) -> None:
+        self._router, self._index = router, index
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._engines()
+        yield from self._index_state()
+
+    def _engines(self) -> Iterator[Metric]:
+        blocks = GaugeMetricFamily(
+            "quire_blocks", "Blocks of a pool, by state.", labels=["engine", "state"]
+        )
+        sequences = GaugeMetricFamily(
+            "quire_sequences", "Sequences, by state.", labels=["engine", "state"]
+        )
+        prompt = CounterMetricFamily(
+            "quire_prompt_tokens", "Prompt tokens admitted.", labels=["engine"]
+        )
+        cached = CounterMetricFamily(
+            "quire_prefix_hit_tokens", "Prompt tokens found in the prefix cache.", labels=["engine"]
+        )
+        preempted = CounterMetricFamily("quire_preemptions", "Groups preempted.", labels=["engine"])
+        for leader in self._router.leaders:
+            scheduler, facts = leader.scheduler, leader.facts
+            if scheduler is None or facts is None:
+                continue
+            name, pool = facts.engine_id, scheduler.pool
+            blocks.add_metric([name, "free"], pool.free_count)
+            blocks.add_metric([name, "cached"], pool.cached_count)
+            blocks.add_metric([name, "used"], pool.used_count)
+            sequences.add_metric([name, "running"], scheduler.running_count)
+            sequences.add_metric([name, "waiting"], scheduler.waiting_count)
+            prompt.add_metric([name], scheduler.totals.prompt_tokens)
+            cached.add_metric([name], scheduler.totals.cached_tokens)
+            preempted.add_metric([name], scheduler.totals.preemptions)
+        yield from (blocks, sequences, prompt, cached, preempted)
+
+    def _index_state(self) -> Iterator[Metric]:
+        index = self._index
+        yield GaugeMetricFamily(
+            "quire_index_up", "1 while the prefix index answers.", value=float(index.up)
+        )
+        yield CounterMetricFamily(
+            "quire_index_lookups", "Lookups in the prefix index.", value=index.lookups
+        )
+        yield CounterMetricFamily(
+            "quire_index_lookup_failures", "Lookups without answer.", value=index.lookup_failures
+        )
+        yield CounterMetricFamily(
+            "quire_index_lookup_seconds", "Time spent in lookups.", value=index.lookup_seconds_sum
+        )
+        yield CounterMetricFamily(
+            "quire_index_dropped", "Changes that never went out one by one.", value=index.dropped
+        )
+        yield CounterMetricFamily(
+            "quire_index_predicted_tokens",
+            "Prompt tokens that the index foretold as cached.",
+            value=self._router.predicted_tokens,
+        )

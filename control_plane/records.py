@@ -1,0 +1,122 @@
+"""Requests between wire and scheduler, and the record from which any leader rebuilds one."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TypeVar
+
+import numpy as np
+
+from control_plane.blocks import Int32Array
+from control_plane.engine_link import EngineFacts
+from control_plane.hashing import PrefixHasher
+from control_plane.request import Request, SamplingFields
+from protos.control.v1 import record_pb2
+from protos.inference.v1 import inference_pb2 as pb
+
+Number = TypeVar("Number", int, float)
+
+
+def request_digest(message: pb.GenerateRequest) -> bytes:
+    """What two calls with one request id must agree on: all but the received counts."""
+    bare = pb.GenerateRequest()
+    bare.CopyFrom(message)
+    bare.ClearField("received_token_counts")
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).digest()
+
+
+def new_request(
+    message: pb.GenerateRequest,
+    prompt: list[int],
+    max_tokens: int,
+    facts: EngineFacts,
+    tenant: str,
+) -> Request:
+    """Makes the scheduler's request from a validated message and its tokenised prompt.
+
+    Args:
+        message: with its request id filled in.
+        tenant: salts the prefix hashes.
+    """
+    record = record_pb2.SequenceRecord(
+        tenant=tenant, request_digest=request_digest(message), request=message
+    )
+    # The engine keeps the prompt's tokens already, and hands them over with the record.
+    record.request.ClearField("prompt")
+    record.request.ClearField("received_token_counts")
+    record.request.stopping.max_tokens = max_tokens
+    if not message.sampling.HasField("seed"):
+        # Derived, so that a retry with the same id draws the same tokens.
+        digest = hashlib.sha256(b"quire.seed" + message.request_id.encode()).digest()
+        record.request.sampling.seed = int.from_bytes(digest[:8], "little")
+    tokens = np.array(prompt, np.int32)
+    hashes = PrefixHasher(facts.fingerprint, facts.block_size, tenant).extend([], tokens)
+    return _request(record, record.SerializeToString(), tokens, tuple(hashes), facts)
+
+
+def rebuilt_request(data: bytes, prompt: Int32Array, facts: EngineFacts) -> tuple[Request, bytes]:
+    """Returns the request of a resident sequence and its digest.
+
+    Raises:
+        ValueError: the bytes are no record.
+    """
+    record = record_pb2.SequenceRecord()
+    try:
+        record.ParseFromString(data)
+    except Exception as error:
+        raise ValueError(f"no sequence record: {error}") from error
+    hashes = PrefixHasher(facts.fingerprint, facts.block_size, record.tenant).extend([], prompt)
+    request = _request(record, data, prompt.copy(), tuple(hashes), facts)
+    return request, record.request_digest
+
+
+def cached_tokens(data: bytes) -> int:
+    """Returns how many prompt tokens a resident sequence found in the prefix cache."""
+    return record_pb2.SequenceRecord.FromString(data).cached_token_count
+
+
+def stop_strings(request: Request) -> tuple[str, ...]:
+    record = record_pb2.SequenceRecord.FromString(request.record)
+    return tuple(record.request.stopping.stop_strings)
+
+
+def _request(
+    record: record_pb2.SequenceRecord,
+    data: bytes,
+    prompt: Int32Array,
+    hashes: tuple[bytes, ...],
+    facts: EngineFacts,
+) -> Request:
+    message = record.request
+    sampling, stopping, output = message.sampling, message.stopping, message.output
+    stop_ids = () if stopping.ignore_eos else facts.eos_token_ids
+    return Request(
+        request_id=message.request_id,
+        prompt=prompt,
+        max_tokens=stopping.max_tokens,
+        sample_count=_or(output, "sample_count", 1),
+        min_tokens=stopping.min_tokens,
+        stop_ids=tuple(dict.fromkeys([*stop_ids, *stopping.stop_token_ids])),
+        sampling=SamplingFields(
+            temperature=_or(sampling, "temperature", 1.0),
+            top_k=sampling.top_k,
+            top_p=_or(sampling, "top_p", 1.0),
+            min_p=sampling.min_p,
+            repetition_penalty=_or(sampling, "repetition_penalty", 1.0),
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            seed=sampling.seed,
+            logit_bias=dict(sampling.logit_bias),
+            logprob_count=_or(output, "logprob_count", -1),
+            prompt_logprob_count=_or(output, "prompt_logprob_count", -1),
+        ),
+        priority=message.priority,
+        hashes=hashes,
+        salt=record.tenant,
+        record=data,
+    )
+
+
+def _or(message: pb.Sampling | pb.Output, field: str, default: Number) -> Number:
+    value: Number = getattr(message, field)
+    return value if message.HasField(field) else default

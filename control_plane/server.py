@@ -1,0 +1,131 @@
+"""Puts one replica together and runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+from grpc_health.v1 import health, health_pb2
+from prometheus_client import start_http_server
+
+from control_plane import admin, frontend
+from control_plane.engine_link import EngineLink
+from control_plane.generation import Generations
+from control_plane.leader import EngineLeader, LeaderState
+from control_plane.metrics import Metrics
+from control_plane.prefix_index import PrefixIndex
+from control_plane.router import Router
+from control_plane.settings import Settings
+from control_plane.step_loop import LeaderSettings
+from protos import wire
+from protos.admin.v1 import admin_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """One control-plane process: servers, router, and a leader for each engine."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._tls = None
+        if settings.tls_certificate and settings.tls_key:
+            self._tls = wire.Tls(settings.tls_certificate, settings.tls_key, settings.tls_ca)
+        self.index = PrefixIndex(
+            settings.redis_url,
+            namespace=settings.index_namespace,
+            lookup_timeout_seconds=settings.index_timeout_ms / 1000,
+        )
+        self.generations = Generations()
+        self.router = Router([], self.index)
+        self.router.leaders += [self._leader(address) for address in _addresses(settings.engines)]
+        self.metrics = Metrics()
+        self.frontend = frontend.Frontend(self.router, self.generations, self.metrics)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._servers = [wire.server(), wire.server()]
+        self.ports: list[int] = []
+
+    def _leader(self, address: str) -> EngineLeader:
+        settings = self.settings
+        return EngineLeader(
+            EngineLink(address, self._tls),
+            self.generations,
+            self.index,
+            LeaderSettings(
+                own_address=settings.advertise or settings.listen,
+                chunk_tokens=settings.chunk_tokens,
+                waiting_requests=settings.max_waiting_requests,
+                steps_in_flight=settings.steps_in_flight,
+                orphan_grace_seconds=settings.orphan_grace_seconds,
+                check_invariants=settings.check_invariants,
+            ),
+            self.router.rehome,
+        )
+
+    async def start(self) -> None:
+        """Starts serving; engines are attached as they answer."""
+        inference, operators = self._servers
+        frontend.add_to_server(self.frontend, inference)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.Admin(self.router), operators)
+        healths = [wire.add_health(inference), wire.add_health(operators)]
+        if self.settings.reflection:
+            wire.add_reflection(inference, [frontend.SERVICE])
+            wire.add_reflection(operators, [admin.SERVICE])
+        addresses = (self.settings.listen, self.settings.admin_listen)
+        for server, address in zip(self._servers, addresses, strict=True):
+            self.ports.append(wire.listen(server, address, self._tls))
+            await server.start()
+        if self.settings.metrics_port:
+            start_http_server(self.settings.metrics_port, registry=self.metrics.registry)
+        self.metrics.observe(self.router, self.index)
+        await self.index.start()
+        self._tasks = [asyncio.create_task(leader.run()) for leader in self.router.leaders]
+        self._tasks.append(asyncio.create_task(self._report_health(healths)))
+        for task in self._tasks:
+            task.add_done_callback(_log_failure)
+        log.info("inference API on port %d, admin API on port %d", *self.ports)
+
+    async def _report_health(self, healths: list[health.aio.HealthServicer]) -> None:
+        """SERVING while at least one engine is led, so that traffic goes where it is answered."""
+        while True:
+            led = any(leader.state is LeaderState.LED for leader in self.router.leaders)
+            ready = led and not self.frontend.draining
+            answers = health_pb2.HealthCheckResponse
+            status = answers.SERVING if ready else answers.NOT_SERVING
+            await healths[0].set("", status)
+            await healths[0].set(frontend.SERVICE, status)
+            await healths[1].set("", health_pb2.HealthCheckResponse.SERVING)
+            await asyncio.sleep(0.1)
+
+    async def stop(self) -> None:
+        """Refuses new calls, lets running ones end for the drain time, then lets go of engines."""
+        self.frontend.draining = True
+        await self._servers[0].stop(self.settings.drain_seconds)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._servers[1].stop(0)
+        for leader in self.router.leaders:
+            await leader.link.close()
+        await self.index.close()
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    replica = Replica(settings)
+    await replica.start()
+    await stopping.wait()
+    await replica.stop()
+
+
+def _addresses(engines: str) -> list[str]:
+    return [address.strip() for address in engines.split(",") if address.strip()]
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("a task of the replica ended", exc_info=task.exception())

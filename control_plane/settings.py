@@ -1,0 +1,79 @@
+"""Settings of a control-plane replica: defaults < YAML file < QUIRE_* environment < flags."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+
+class Settings(BaseSettings):
+    """Serves the inference and admin APIs and drives engines: python -m control_plane."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="QUIRE_",
+        cli_prog_name="python -m control_plane",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        extra="ignore",
+    )
+
+    config: Path | None = Field(None, description="YAML file with any of these settings")
+    engines: str = Field(
+        "127.0.0.1:7411", description="host:port of the engines to lead, separated by commas"
+    )
+    listen: str = Field("127.0.0.1:7401", description="host:port of the inference API")
+    admin_listen: str = Field("127.0.0.1:7402", description="host:port of the admin API")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of /metrics; 0: none")
+    advertise: str = Field("", description="host:port told to other replicas; empty: listen")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379", description="of the prefix index; serving goes on without it"
+    )
+    index_namespace: str = Field("quire", description="begins every key of the prefix index")
+    index_timeout_ms: float = Field(5.0, gt=0, description="ms that a request waits for the index")
+    steps_in_flight: int = Field(2, ge=1, le=4, description="plans sent ahead of results")
+    chunk_tokens: int = Field(512, ge=1, description="tokens of one prompt in one step, at most")
+    max_waiting_requests: int = Field(1024, ge=1, description="requests in the queue, at most")
+    orphan_grace_seconds: float = Field(
+        30.0, ge=0, description="seconds for clients to come back to what a new leader took over"
+    )
+    drain_seconds: float = Field(30.0, ge=0, description="seconds for calls to end at SIGTERM")
+    tls_certificate: Path | None = Field(None, description="PEM file; together with tls-key")
+    tls_key: Path | None = Field(None, description="PEM file")
+    tls_ca: Path | None = Field(None, description="PEM file; peers must be signed by it")
+    reflection: bool = Field(False, description="serve gRPC reflection")
+    check_invariants: bool = Field(False, description="verify block conservation after every step")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = config_path(sys.argv[1:])
+        return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls, path))
+
+
+def config_path(arguments: list[str]) -> Path | None:
+    """Finds the YAML file before the settings are parsed, since it is one of their sources."""
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            return Path(arguments[index + 1])
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
+    value = os.environ.get("QUIRE_CONFIG")
+    return Path(value) if value else None

@@ -1,0 +1,330 @@
+"""The step loop of one leadership: plans out, results in, tokens to the generations.
+
+It waits for results and for new work, and for nothing else: a plan goes out as soon as a result is
+in, text is worked out while the engine computes, clients read at their own pace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from control_plane import records
+from control_plane.engine_link import EngineFacts, Leadership, LinkLost
+from control_plane.generation import Generation, Generations
+from control_plane.plan import Logprob, Outcome, Plan, ResidentRow, Snapshot, StepResult
+from control_plane.prefix_index import EngineLife, PrefixIndex
+from control_plane.prefix_stats import PrefixStats
+from control_plane.request import FinishReason, Sequence, SequenceGroup, ended_at
+from control_plane.scheduler import Scheduler, SchedulerLimits
+from control_plane.tokenizer import PromptTokenizer
+
+log = logging.getLogger(__name__)
+
+MAX_ENGINE_DEATHS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderSettings:
+    """See ``control_plane.settings`` for what they mean."""
+
+    own_address: str
+    chunk_tokens: int = 512
+    waiting_requests: int = 1024
+    steps_in_flight: int = 2
+    heartbeat_seconds: float = 2.0
+    retry_seconds: float = 0.1
+    orphan_grace_seconds: float = 30.0
+    check_invariants: bool = False
+
+
+class StepLoop:
+    """Runs one engine's steps for as long as its Lead stream lasts.
+
+    Attributes:
+        step: of the last plan sent.
+    """
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        tokenizer: PromptTokenizer | None,
+        settings: LeaderSettings,
+        generations: Generations,
+        index: PrefixIndex,
+        stats: PrefixStats,
+    ) -> None:
+        self.facts, self.step = facts, 0
+        self.life = EngineLife(facts.engine_id, facts.incarnation)
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                model_fingerprint=facts.fingerprint,
+                block_size=facts.block_size,
+                block_count=facts.block_count,
+                slot_count=facts.slot_count,
+                max_length=facts.max_length,
+                step_tokens=facts.step_tokens,
+                chunk_tokens=min(settings.chunk_tokens, facts.step_tokens),
+                waiting_requests=settings.waiting_requests,
+            )
+        )
+        self._tokenizer, self._settings = tokenizer, settings
+        self._generations, self._index, self._stats = generations, index, stats
+        self._owners: dict[SequenceGroup, Generation] = {}
+        self._wake = asyncio.Event()
+
+    # Work from frontends.
+
+    def submit(self, generation: Generation) -> None:
+        """Queues a new generation.
+
+        Raises:
+            QueueFull, NeverFits: see `Scheduler.submit`.
+        """
+        self._own(generation, self.scheduler.submit(generation.request))
+
+    def resubmit(self, generation: Generation) -> None:
+        """Queues a generation that ran before; it goes on after the tokens it has."""
+        group = _group_so_far(generation)
+        self.scheduler.resubmit(group)
+        self._own(generation, group)
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a generation at once; its blocks are free with the next plan."""
+        if generation.group is not None and self.owns(generation):
+            self.scheduler.cancel(generation.group)
+            del self._owners[generation.group]
+            self._wake.set()
+
+    def owns(self, generation: Generation) -> bool:
+        return generation.group in self._owners
+
+    def unfinished(self) -> list[Generation]:
+        return [generation for generation in self._owners.values() if not generation.finished]
+
+    def _own(self, generation: Generation, group: SequenceGroup) -> None:
+        generation.group, generation.engine_id = group, self.facts.engine_id
+        self._owners[group] = generation
+        self._wake.set()
+
+    # Taking over.
+
+    def take_over(self, snapshot: Snapshot, stranded: list[Generation], restarted: bool) -> None:
+        """Goes on with what is resident, and queues what is known but not resident.
+
+        Args:
+            stranded: generations that this replica ran on the engine before.
+            restarted: the engine is in another incarnation than then.
+        """
+        released: list[int] = []
+        residents: dict[Generation, list[ResidentRow]] = {}
+        for row in snapshot.rows:
+            generation = self._generation_of(row)
+            if generation is not None and _continues(generation, row):
+                residents.setdefault(generation, []).append(row)
+            else:
+                released.append(row.slot)
+        adopted: list[tuple[Sequence, ResidentRow]] = []
+        for generation, rows in residents.items():
+            group = _group_so_far(generation)
+            adopted += [(group.sequences[row.sample_index], row) for row in rows]
+            self._own(generation, group)
+        self.scheduler.restore(adopted, snapshot.hashes, released)
+        for sequence, row in adopted:
+            self._catch_up(self._owners[sequence.group], sequence, row)
+        for generation in residents:
+            self._close_if_finished(generation)
+        for generation in stranded:
+            if generation not in residents:
+                self._resume_stranded(generation, restarted)
+
+    def _generation_of(self, row: ResidentRow) -> Generation | None:
+        """Finds or makes the generation of a resident sequence; None if it is not to go on here."""
+        facts, prompt = self.facts, row.tokens[: row.prompt_count]
+        try:
+            request, digest = records.rebuilt_request(row.record, prompt, facts)
+        except ValueError:
+            log.exception("slot %d holds no request", row.slot)
+            return None
+        generation = self._generations.running(request.request_id)
+        if generation is not None:
+            # If it is neither stranded nor from this snapshot, another engine runs it by now.
+            return generation if generation.engine_id == facts.engine_id else None
+        if request.wants_logprobs:
+            # Those of the tokens so far are gone with the former leader. A client that comes back
+            # gets the request generated again, which gives the same tokens.
+            return None
+        strings = records.stop_strings(request)
+        generation = Generation(request, digest, self._tokenizer, strings, facts.fingerprint)
+        self._generations.add(generation)
+        generation.accept(facts.engine_id, records.cached_tokens(row.record))
+        asyncio.get_running_loop().call_later(
+            self._settings.orphan_grace_seconds, self._cancel_orphan, generation
+        )
+        return generation
+
+    def _catch_up(self, generation: Generation, sequence: Sequence, row: ResidentRow) -> None:
+        """Delivers the tokens whose results the former leader never saw."""
+        request = generation.request
+        count, reason = ended_at(request, row.tokens)
+        sample = generation.samples[sequence.sample_index]
+        for token in row.tokens[row.prompt_count + len(sample.token_ids) : count].tolist():
+            if generation.push(sequence.sample_index, token):
+                self.scheduler.finish(sequence, FinishReason.STOP)
+                return
+        if reason is not None:
+            generation.end(sequence.sample_index, reason)
+
+    def _resume_stranded(self, generation: Generation, restarted: bool) -> None:
+        if restarted and generation.accepted:
+            generation.engine_deaths += 1
+        if generation.engine_deaths >= MAX_ENGINE_DEATHS:
+            generation.end_all(FinishReason.ERROR, "its engine died twice under it")
+            self._generations.finish(generation)
+            return
+        self.resubmit(generation)
+
+    def _cancel_orphan(self, generation: Generation) -> None:
+        if not generation.finished and generation.subscriber_count == 0 and self.owns(generation):
+            log.info("nobody came back for %s", generation.request.request_id)
+            self.cancel(generation)
+            generation.end_all(FinishReason.CANCELLED)
+            self._generations.drop(generation)
+
+    # The loop.
+
+    async def drive(self, leadership: Leadership) -> None:
+        """Runs steps until cancelled.
+
+        Raises:
+            LinkLost: the stream broke.
+        """
+        results: deque[StepResult] = deque()
+        reader = asyncio.create_task(self._read_results(leadership, results))
+        reader.add_done_callback(lambda _: self._wake.set())
+        try:
+            while True:
+                outcomes = [self._apply(result) for result in _drain(results)]
+                await self._plan_ahead(leadership)
+                for outcome in outcomes:
+                    self._deliver(outcome)
+                if reader.done():
+                    reader.result()
+                if not self._wake.is_set():
+                    await self._idle(leadership)
+                self._wake.clear()
+        finally:
+            reader.cancel()
+
+    async def _read_results(self, leadership: Leadership, results: deque[StepResult]) -> None:
+        while True:
+            results.append(await leadership.result())
+            self._wake.set()
+
+    async def _idle(self, leadership: Leadership) -> None:
+        try:
+            async with asyncio.timeout(self._settings.heartbeat_seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            await leadership.heartbeat()
+
+    def _apply(self, result: StepResult) -> Outcome:
+        try:
+            return self.scheduler.apply(result)
+        except ValueError as error:
+            raise LinkLost(str(error)) from error
+
+    async def _plan_ahead(self, leadership: Leadership) -> None:
+        scheduler = self.scheduler
+        while scheduler.steps_in_flight < self._settings.steps_in_flight:
+            plan = scheduler.schedule()
+            if self._settings.check_invariants:
+                scheduler.pool.check()
+            if plan is None:
+                break
+            self.step = plan.step
+            await leadership.send(plan)
+            self._accept(plan)
+        added, removed = scheduler.pool.take_index_changes()
+        if added or removed:
+            self._index.publish(self.life, added, removed)
+
+    def _accept(self, plan: Plan) -> None:
+        for admission in plan.admissions:
+            sequence = admission.sequence
+            generation = self._owners.get(sequence.group)
+            if generation is None:
+                continue
+            if admission.cached and not generation.accepted:
+                digest = sequence.hashes[admission.cached // self.facts.block_size - 1]
+                self._stats.hit(digest, admission.cached, time.monotonic())
+            generation.accept(self.facts.engine_id, admission.cached)
+
+    def _deliver(self, outcome: Outcome) -> None:
+        for sequence, pairs in outcome.prompt_logprobs:
+            if (generation := self._owners.get(sequence.group)) is not None:
+                _add_prompt_logprobs(generation, pairs)
+        columns = zip(
+            outcome.sequences, outcome.slots.tolist(), outcome.token_ids.tolist(), strict=True
+        )
+        touched = set()
+        for sequence, slot, token in columns:
+            generation = self._owners.get(sequence.group)
+            if generation is None:
+                continue
+            logprob = outcome.logprobs.get(slot) if outcome.logprobs else None
+            if generation.push(sequence.sample_index, token, logprob):
+                self.scheduler.finish(sequence, FinishReason.STOP)
+                self._wake.set()
+                touched.add(generation)
+        for sequence, reason, sentence in outcome.finished:
+            if (generation := self._owners.get(sequence.group)) is not None:
+                generation.end(sequence.sample_index, reason, sentence)
+                touched.add(generation)
+        for generation in touched:
+            self._close_if_finished(generation)
+
+    def _close_if_finished(self, generation: Generation) -> None:
+        if generation.finished and generation.group in self._owners:
+            del self._owners[generation.group]
+            self._generations.finish(generation)
+
+
+def _continues(generation: Generation, row: ResidentRow) -> bool:
+    """Whether a resident sequence can go on as it is: it has all that clients may have seen."""
+    sample = generation.samples[row.sample_index]
+    known = len(sample.token_ids)
+    output = row.tokens[row.prompt_count :].tolist()
+    # Log-probabilities are in results only; one that was lost must be computed again.
+    complete = not generation.request.wants_logprobs or len(output) == known
+    return sample.ending is None and complete and output[:known] == sample.token_ids
+
+
+def _drain(results: deque[StepResult]) -> list[StepResult]:
+    drained = list(results)
+    results.clear()
+    return drained
+
+
+def _add_prompt_logprobs(generation: Generation, pairs: list[tuple[int, Logprob]]) -> None:
+    # A prompt that is computed again after a preemption brings the same ones again.
+    for position, logprob in pairs:
+        if position == len(generation.prompt_logprobs) + 1:
+            generation.prompt_logprobs.append(logprob)
+
+
+def _group_so_far(generation: Generation) -> SequenceGroup:
+    """Makes a group whose sequences go on after the tokens that the generation has."""
+    group = SequenceGroup.of(generation.request, -1)
+    for sequence, sample in zip(group.sequences, generation.samples, strict=True):
+        if sample.ending is not None:
+            sequence.finish = FinishReason.STOP
+        sequence.extend(sample.token_ids)
+    if any(sample.token_ids for sample in generation.samples):
+        group.waiting = [sequence for sequence in group.sequences if sequence.finish is None]
+        group.unforked = []
+        group.preemptions = 1
+    return group

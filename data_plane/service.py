@@ -1,0 +1,259 @@
+"""The engine API over gRPC: what the engine is, its tokenizer, and the one stream that leads it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import grpc
+
+from data_plane.engine import Engine
+from data_plane.plan import PlanError
+from data_plane.tokenizer_files import TokenizerFiles
+from data_plane.worker import Worker
+from protos import wire
+from protos.engine.v1 import engine_pb2, engine_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+# Plans that may wait for the worker beside the one it executes. Two are the protocol's depth; a
+# leader that sends far more is not ours.
+MAX_PLANS_IN_FLIGHT = 4
+_TOKENIZER_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTimes:
+    """Seconds.
+
+    Attributes:
+        leader_timeout: a leader that sends nothing for this long is dropped.
+        resident_grace: how long sequences stay without a leader.
+    """
+
+    leader_timeout: float = 10.0
+    resident_grace: float = 60.0
+
+
+@dataclass(slots=True)
+class _Leadership:
+    address: str
+    epoch: int
+    next_step: int = 1
+    results: asyncio.Queue[asyncio.Task[engine_pb2.StepResult] | None] = field(
+        default_factory=asyncio.Queue
+    )
+
+
+class EngineService(engine_pb2_grpc.EngineServiceServicer):
+    """Arbiter of its own leadership: whoever holds the one Lead stream leads."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        worker: Worker,
+        tokenizer: TokenizerFiles | None,
+        *,
+        engine_id: str,
+        times: ServiceTimes,
+    ) -> None:
+        self._engine, self._worker, self._tokenizer = engine, worker, tokenizer
+        self._engine_id = engine_id
+        self._times = times
+        self._incarnation = uuid.uuid4().hex
+        self._epoch = 0
+        self._leader: _Leadership | None = None
+        self._eviction: asyncio.Task[None] | None = None
+
+    async def Describe(
+        self, request: engine_pb2.DescribeRequest, context: wire.Context
+    ) -> engine_pb2.DescribeResponse:
+        facts, sizes = self._engine.model.facts, self._engine.sizes
+        return engine_pb2.DescribeResponse(
+            engine_id=self._engine_id,
+            incarnation=self._incarnation,
+            model=facts.name,
+            model_fingerprint=facts.fingerprint,
+            geometry=engine_pb2.Geometry(
+                layer_count=facts.layer_count,
+                kv_head_count=facts.kv_head_count,
+                head_size=facts.head_size,
+                kv_dtype=str(facts.dtype).removeprefix("torch."),
+                block_size_tokens=sizes.block_size,
+                device_block_count=sizes.block_count,
+                host_block_count=sizes.host_block_count,
+                bytes_per_block=self._engine.cache.bytes_per_block,
+            ),
+            limits=engine_pb2.Limits(
+                max_slots=sizes.slot_count,
+                max_tokens_per_step=sizes.step_tokens,
+                max_model_length=sizes.max_length,
+                max_plans_in_flight=MAX_PLANS_IN_FLIGHT,
+            ),
+            vocabulary_size=facts.vocabulary_size,
+            eos_token_ids=facts.eos_token_ids,
+            tokenizer_digest=self._tokenizer.digest if self._tokenizer else "",
+            counters=self._engine.counters,
+        )
+
+    async def GetTokenizer(
+        self, request: engine_pb2.GetTokenizerRequest, context: wire.Context
+    ) -> AsyncIterator[engine_pb2.GetTokenizerResponse]:
+        if self._tokenizer is None:
+            await wire.abort(
+                context,
+                wire.failed(
+                    grpc.StatusCode.NOT_FOUND, "NO_TOKENIZER", "the model has no tokenizer"
+                ),
+            )
+        data = self._tokenizer.tokenizer_json
+        for start in range(0, len(data), _TOKENIZER_CHUNK_BYTES):
+            chunk = data[start : start + _TOKENIZER_CHUNK_BYTES]
+            yield engine_pb2.GetTokenizerResponse(tokenizer_json=chunk)
+        if self._tokenizer.chat_template:
+            yield engine_pb2.GetTokenizerResponse(chat_template=self._tokenizer.chat_template)
+        tokens = engine_pb2.SpecialTokens(tokens=self._tokenizer.special_tokens)
+        yield engine_pb2.GetTokenizerResponse(special_tokens=tokens)
+
+    async def Lead(
+        self,
+        requests: AsyncIterator[engine_pb2.LeadRequest],
+        context: wire.Context,
+    ) -> None:
+        try:
+            claim = await self._next(requests)
+            if claim is None or claim.WhichOneof("message") != "claim":
+                raise _refusal(PlanError("INVALID", "the first message must be a claim"))
+            if self._leader is not None:
+                refused = engine_pb2.Refused(
+                    leader_address=self._leader.address, epoch=self._leader.epoch
+                )
+                await context.write(engine_pb2.LeadResponse(refused=refused))
+                return
+            await self._lead(claim.claim, requests, context)
+        except wire.RpcError as error:
+            await wire.abort(context, error)
+
+    async def _lead(
+        self,
+        claim: engine_pb2.Claim,
+        requests: AsyncIterator[engine_pb2.LeadRequest],
+        context: wire.Context,
+    ) -> None:
+        self._epoch += 1
+        leader = self._leader = _Leadership(claim.leader_address, self._epoch)
+        if self._eviction is not None:
+            self._eviction.cancel()
+        log.info("leader granted: epoch %d to %s", leader.epoch, leader.address or "unnamed")
+        writer: asyncio.Task[None] | None = None
+        try:
+            # The worker's queue is first come, first served: by the time this snapshot is taken,
+            # every plan of earlier leaders is done or cancelled.
+            parts = await self._worker.call(self._engine.snapshot)
+            granted = engine_pb2.Granted(
+                epoch=leader.epoch,
+                incarnation=self._incarnation,
+                snapshot_part_count=len(parts),
+            )
+            await context.write(engine_pb2.LeadResponse(granted=granted))
+            for part in parts:
+                await context.write(engine_pb2.LeadResponse(snapshot_part=part))
+            writer = asyncio.create_task(_write_results(leader, context))
+            reader = asyncio.create_task(self._read_plans(leader, requests))
+            done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+            reader.cancel()
+            for task in done:
+                task.result()
+        finally:
+            self._release(leader)
+            if writer is not None:
+                writer.cancel()
+
+    async def _read_plans(
+        self, leader: _Leadership, requests: AsyncIterator[engine_pb2.LeadRequest]
+    ) -> None:
+        while (request := await self._next(requests)) is not None:
+            kind = request.WhichOneof("message")
+            if kind == "heartbeat":
+                continue
+            if kind != "plan":
+                raise _refusal(PlanError("INVALID", "a second claim on one stream"))
+            plan = request.plan
+            if plan.epoch != leader.epoch:
+                text = f"the plan's epoch {plan.epoch} is not the present one, {leader.epoch}"
+                self._engine.counters.refused_plan_count += 1
+                raise _refusal(PlanError("STALE_EPOCH", text))
+            if plan.step != leader.next_step:
+                text = f"step {plan.step} came where {leader.next_step} is next"
+                raise _refusal(PlanError("OUT_OF_ORDER", text))
+            if leader.results.qsize() > MAX_PLANS_IN_FLIGHT:
+                raise _refusal(PlanError("OUT_OF_ORDER", "too many plans in flight"))
+            leader.next_step += 1
+            leader.results.put_nowait(asyncio.create_task(self._worker.execute(plan)))
+            await asyncio.sleep(0)  # Lets the task queue its job before the next plan is read.
+        leader.results.put_nowait(None)
+
+    async def _next(
+        self, requests: AsyncIterator[engine_pb2.LeadRequest]
+    ) -> engine_pb2.LeadRequest | None:
+        try:
+            async with asyncio.timeout(self._times.leader_timeout):
+                return await anext(requests)
+        except StopAsyncIteration:
+            return None
+        except TimeoutError as error:
+            sentence = f"nothing was heard for {self._times.leader_timeout:g} s"
+            raise wire.failed(
+                grpc.StatusCode.DEADLINE_EXCEEDED, "LEADER_SILENT", sentence
+            ) from error
+
+    def _release(self, leader: _Leadership) -> None:
+        if self._leader is not leader:
+            return
+        self._leader = None
+        while not leader.results.empty():
+            task = leader.results.get_nowait()
+            if task is not None:
+                task.cancel()
+        log.info("leader gone: epoch %d", leader.epoch)
+        self._eviction = asyncio.create_task(self._evict_later())
+
+    async def _evict_later(self) -> None:
+        await asyncio.sleep(self._times.resident_grace)
+        dropped = await self._worker.call(self._engine.release_all)
+        if dropped:
+            log.warning("no leader came back: %d sequences dropped", dropped)
+
+    async def stop(self) -> None:
+        if self._eviction is not None:
+            self._eviction.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._eviction
+
+
+async def _write_results(leader: _Leadership, context: wire.Context) -> None:
+    while (task := await leader.results.get()) is not None:
+        try:
+            result = await task
+        except PlanError as error:
+            raise _refusal(error) from error
+        await context.write(engine_pb2.LeadResponse(result=result))
+
+
+def _refusal(error: PlanError) -> wire.RpcError:
+    code = (
+        grpc.StatusCode.INVALID_ARGUMENT
+        if error.reason == "INVALID"
+        else grpc.StatusCode.FAILED_PRECONDITION
+    )
+    return wire.failed(code, error.reason, str(error))
+
+
+def stable_engine_id(address: str) -> str:
+    """A name for an engine that was given none: the same after every restart at one address."""
+    return "engine-" + hashlib.sha256(address.encode()).hexdigest()[:8]

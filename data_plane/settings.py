@@ -1,0 +1,94 @@
+"""Settings of a data plane: defaults < YAML file < QUIRE_* environment < flags."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from data_plane import demo_model
+
+
+class Settings(BaseSettings):
+    """Serves one model's engine API: python -m data_plane."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="QUIRE_",
+        cli_prog_name="python -m data_plane",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        extra="ignore",
+    )
+
+    config: Path | None = Field(None, description="YAML file with any of these settings")
+    model: Path = Field(
+        demo_model.PATH, description="model directory: config, tokenizer.json, safetensors"
+    )
+    served_model_name: str = Field("", description="name clients ask for; empty: the directory's")
+    load_format: Literal["safetensors", "dummy"] = Field(
+        "safetensors", description="dummy makes random weights from config.json alone"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights, keys and values; auto: the checkpoint's"
+    )
+    device: str = Field("auto", description="torch device; auto: cuda if there is one, else cpu")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: torch's choice")
+    listen: str = Field("127.0.0.1:7411", description="host:port of the engine API")
+    engine_id: str = Field("", description="stable name; empty: derived from the address")
+    block_size: int = Field(16, ge=1, le=256, description="tokens per block")
+    kv_memory_mib: int = Field(512, ge=1, description="MiB of device memory for the block pool")
+    blocks: int = Field(
+        0, ge=0, description="blocks in the pool; 0: as many as kv-memory-mib holds"
+    )
+    swap_memory_mib: int = Field(0, ge=0, description="MiB of host memory for swapped blocks")
+    max_slots: int = Field(256, ge=1, le=65536, description="sequences resident at once")
+    max_step_tokens: int = Field(2048, ge=1, description="tokens of one step; at least max-slots")
+    max_model_length: int = Field(
+        0, ge=0, description="tokens of one sequence, prompt and output; 0: the model's own limit"
+    )
+    leader_timeout_seconds: float = Field(
+        10.0, gt=0, description="seconds after which a silent leader is dropped"
+    )
+    resident_grace_seconds: float = Field(
+        60.0, ge=0, description="seconds that sequences stay resident without a leader"
+    )
+    stop_grace_seconds: float = Field(2.0, ge=0, description="seconds for calls to end at SIGTERM")
+    tls_certificate: Path | None = Field(None, description="PEM file; together with tls-key")
+    tls_key: Path | None = Field(None, description="PEM file")
+    tls_ca: Path | None = Field(None, description="PEM file; peers must be signed by it")
+    reflection: bool = Field(False, description="serve gRPC reflection")
+    check_invariants: bool = Field(False, description="verify block conservation after every step")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = config_path(sys.argv[1:])
+        return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls, path))
+
+
+def config_path(arguments: list[str]) -> Path | None:
+    """Finds the YAML file before the settings are parsed, since it is one of their sources."""
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            return Path(arguments[index + 1])
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
+    value = os.environ.get("QUIRE_CONFIG")
+    return Path(value) if value else None

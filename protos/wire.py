@@ -1,0 +1,159 @@
+"""What all gRPC servers and channels of Quire have in common: caps, keepalive, TLS, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2, message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+# A prompt of 131,072 token ids takes about half a megabyte, a snapshot part two.
+MAX_MESSAGE_BYTES = 16 << 20
+ERROR_DOMAIN = "quire"
+
+_CAPS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+CHANNEL_OPTIONS = [
+    *_CAPS,
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A restarted peer should be found again at once, not after a minute's backoff.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ('grpc.service_config', '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+]  # fmt: skip
+SERVER_OPTIONS = [
+    *_CAPS,
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    ("grpc.http2.max_ping_strikes", 3),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files of one process; with `ca`, peers must present a certificate that it signed."""
+
+    certificate: Path
+    key: Path
+    ca: Path | None = None
+
+
+def server(max_concurrent_rpcs: int | None = None) -> grpc.aio.Server:
+    """Makes a server with the common options."""
+    return grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_concurrent_rpcs)
+
+
+def listen(where: grpc.aio.Server, address: str, tls: Tls | None) -> int:
+    """Binds a server to ``host:port`` and returns the port (0 picks one).
+
+    Raises:
+        RuntimeError: the address cannot be bound.
+    """
+    if tls is None:
+        return where.add_insecure_port(address)
+    pair = [(tls.key.read_bytes(), tls.certificate.read_bytes())]
+    ca = tls.ca.read_bytes() if tls.ca else None
+    credentials = grpc.ssl_server_credentials(pair, ca, require_client_auth=ca is not None)
+    return where.add_secure_port(address, credentials)
+
+
+def channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """Opens a channel with the common options; nothing is sent yet."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(
+        tls.ca.read_bytes() if tls.ca else None, tls.key.read_bytes(), tls.certificate.read_bytes()
+    )
+    return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+
+
+def add_health(where: grpc.aio.Server) -> health.aio.HealthServicer:
+    """Adds ``grpc.health.v1``; the caller sets the status of "" and of its services."""
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, where)
+    return servicer
+
+
+def add_reflection(where: grpc.aio.Server, services: Sequence[str]) -> None:
+    reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], where)
+
+
+@dataclass(eq=False)
+class RpcError(Exception):
+    """An error a caller is to see: a status code, a sentence and google.rpc details."""
+
+    code: grpc.StatusCode
+    sentence: str
+    details: tuple[message.Message, ...] = ()
+
+    def status(self) -> status_pb2.Status:
+        packed = []
+        for detail in self.details:
+            wrapped = any_pb2.Any()
+            wrapped.Pack(detail)
+            packed.append(wrapped)
+        number = code_pb2.Code.Value(self.code.name)
+        return status_pb2.Status(code=number, message=self.sentence, details=packed)
+
+
+def bad_field(field: str, sentence: str) -> RpcError:
+    """INVALID_ARGUMENT with a BadRequest that names the field."""
+    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=sentence)
+    detail = error_details_pb2.BadRequest(field_violations=[violation])
+    return RpcError(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {sentence}", (detail,))
+
+
+def failed(code: grpc.StatusCode, reason: str, sentence: str) -> RpcError:
+    """Any code with an ErrorInfo whose `reason` programs can tell apart."""
+    detail = error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN)
+    return RpcError(code, sentence, (detail,))
+
+
+def overloaded(sentence: str, retry_seconds: float) -> RpcError:
+    """RESOURCE_EXHAUSTED with a RetryInfo."""
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(int(retry_seconds * 1e9))
+    detail = error_details_pb2.RetryInfo(retry_delay=delay)
+    return RpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, (detail,))
+
+
+async def abort(context: Context, error: RpcError) -> NoReturn:
+    """Ends a call with an error and its details."""
+    status = rpc_status.to_status(error.status())
+    context.set_trailing_metadata(status.trailing_metadata)
+    await context.abort(error.code, error.sentence, status.trailing_metadata)
+    raise AssertionError("abort always raises")
+
+
+def error_details(error: grpc.aio.AioRpcError) -> list[message.Message]:
+    """Returns the google.rpc details of an error that a call ended with."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    if status is None:
+        return []
+    known = (
+        error_details_pb2.BadRequest,
+        error_details_pb2.ErrorInfo,
+        error_details_pb2.RetryInfo,
+    )
+    found: list[message.Message] = []
+    for packed in status.details:
+        for kind in known:
+            if packed.Is(kind.DESCRIPTOR):
+                detail = kind()
+                packed.Unpack(detail)
+                found.append(detail)
+    return found
