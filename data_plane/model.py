@@ -138,6 +138,8 @@ def load_model(
         raise ModelError(f"{path / 'config.json'}: {_first_line(error)}") from error
     architecture = _architecture(config, raw)
     device = torch.device(device)
+    if device.type == "cpu":
+        _keep_freed_memory()
     wanted = DTYPES.get(dtype, "auto")
     if load_format == "dummy":
         module = _make_dummy(architecture, config, wanted, device)
@@ -377,7 +379,7 @@ def _architecture(config: Any, raw: dict[str, Any]) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{kind} is an encoder-decoder, only decoders are supported")
     try:
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
         raise ModelError(f"{kind} is not a causal language model") from None
     named = raw.get("architectures") or [architecture.__name__]
@@ -427,6 +429,17 @@ def _make_dummy(
     with torch.random.fork_rng(devices), device:
         torch.manual_seed(0)
         return architecture._from_config(config, dtype=dtype, attn_implementation=PAGED)
+
+
+def _keep_freed_memory() -> None:
+    """Make the C library keep what a step frees for the next one.
+
+    By default glibc gives large pieces back to the system at once, and a decode
+    step of 64 sequences spends a tenth of its time on 10,000 page faults. Freeing
+    a mapped piece raises the limit to its size (mallopt(3), M_MMAP_THRESHOLD), up
+    to 32 MiB.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _max_length(config: Any) -> int:
