@@ -254,7 +254,7 @@ BAD: list[tuple[str, dict[str, object], str, str]] = [
     ("empty ids", {"token_ids": pb.TokenIds()}, "token_ids.ids", "empty"),
     ("unknown id", {"token_ids": pb.TokenIds(ids=[384])}, "token_ids.ids", "384"),
     ("negative id", {"token_ids": pb.TokenIds(ids=[-1])}, "token_ids.ids", "-1"),
-    ("too long", {"stopping": pb.Stopping(max_tokens=1020)}, "stopping.max_tokens", "1024"),
+    ("too long", {"stopping": pb.Stopping(max_tokens=1022)}, "stopping.max_tokens", "1024"),
     ("n", {"output": pb.Output(sample_count=17)}, "output.sample_count", "16"),
     ("logprobs", {"output": pb.Output(logprob_count=21)}, "output.logprob_count", "20"),
     ("stops", {"stopping": pb.Stopping(stop_strings=["x"] * 17)}, "stopping.stop_strings", "16"),
