@@ -163,12 +163,22 @@ def decode_snapshot(parts: Iterable[engine_pb2.SnapshotPart]) -> Snapshot:
             _int_column(part.token_counts).tolist(),
             _int_column(part.computed_token_counts).tolist(),
             _int_column(part.block_counts).tolist(),
+            _int_column(part.swapped).tolist(),
             strict=True,
         )
-        for slot, record, sample, prompt, length, computed, block_count in columns:
-            row_tokens = tokens[token_at : token_at + length]
-            row_blocks = blocks[block_at : block_at + block_count]
-            rows.append(ResidentRow(slot, record, sample, prompt, computed, row_tokens, row_blocks))
+        for slot, record, sample, prompt, length, computed, block_count, swapped in columns:
+            rows.append(
+                ResidentRow(
+                    slot,
+                    record,
+                    sample,
+                    prompt,
+                    computed,
+                    bool(swapped),
+                    tokens[token_at : token_at + length],
+                    blocks[block_at : block_at + block_count],
+                )
+            )
             token_at, block_at = token_at + length, block_at + block_count
         digests = part.block_hashes
         for index, block in enumerate(_int_column(part.hashed_blocks).tolist()):

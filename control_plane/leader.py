@@ -64,6 +64,7 @@ class EngineLeader:
         self._generations, self._index = generations, index
         self._settings, self._rehome = settings, rehome
         self._stranded: list[Generation] = []
+        self._faulted = False
 
     @property
     def scheduler(self) -> Scheduler | None:
@@ -95,6 +96,11 @@ class EngineLeader:
                     log.warning("engine %s lost: %s", self.link.address, lost)
                     lost_at = time.monotonic()
                 self.state = LeaderState.CONNECTING
+            except Exception:
+                # A fault of our own. Requests that are there each time it happens are failed, as
+                # if their engine had died under them.
+                log.exception("the step loop of %s failed", self.link.address)
+                self.state, self._faulted = LeaderState.CONNECTING, True
             if self._stranded and time.monotonic() - lost_at > REHOME_SECONDS:
                 self._stranded = self._rehome(self._stranded)
             await asyncio.sleep(self._settings.retry_seconds)
@@ -116,6 +122,7 @@ class EngineLeader:
         life = EngineLife(facts.engine_id, facts.incarnation)
         try:
             restarted = former is not None and former.incarnation != facts.incarnation
+            restarted, self._faulted = restarted or self._faulted, False
             stranded, self._stranded = self._stranded, []
             loop.take_over(leadership.snapshot, stranded, restarted)
             self._index.track(facts.fingerprint, life, lambda _: loop.scheduler.pool.held_hashes())

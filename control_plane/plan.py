@@ -113,13 +113,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class ResidentRow:
-    """One slot of an engine's snapshot."""
+    """One slot of an engine's snapshot; `blocks` are in host memory where it is swapped out."""
 
     slot: int
     record: bytes
     sample_index: int
     prompt_count: int
     computed: int
+    swapped: bool
     tokens: Int32Array
     blocks: Int32Array
 

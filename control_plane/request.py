@@ -72,7 +72,7 @@ class Request:
 
 
 # End-of-sequence ids and the client's stop ids together; one row of the slot table holds them.
-MAX_STOP_IDS = 32
+MAX_STOP_IDS = 64
 
 
 class FinishReason(enum.Enum):

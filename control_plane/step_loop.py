@@ -300,7 +300,9 @@ def _continues(generation: Generation, row: ResidentRow) -> bool:
     output = row.tokens[row.prompt_count :].tolist()
     # Log-probabilities are in results only; one that was lost must be computed again.
     complete = not generation.request.wants_logprobs or len(output) == known
-    return sample.ending is None and complete and output[:known] == sample.token_ids
+    # This scheduler never swaps out; what another one has is cheaper to compute than to fetch.
+    usable = complete and not row.swapped and sample.ending is None
+    return usable and output[:known] == sample.token_ids
 
 
 def _drain(results: deque[StepResult]) -> list[StepResult]:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from data_plane.engine import Engine, EngineSizes
+from data_plane.load_progress import log_weight_loading
 from data_plane.model import Model, ModelError, load_model
 from data_plane.service import EngineService, ServiceTimes, stable_engine_id
 from data_plane.settings import Settings
@@ -82,6 +83,7 @@ def build_engine(settings: Settings) -> Engine:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    log.info("loading %s on %s", settings.model, device)
     model = load_model(
         settings.model,
         dtype=settings.dtype,
@@ -89,7 +91,9 @@ def build_engine(settings: Settings) -> Engine:
         device=device,
         name=settings.served_model_name or None,
     )
-    return Engine(model, engine_sizes(settings, model), check=settings.check_invariants)
+    sizes = engine_sizes(settings, model)
+    log.info("allocating %d blocks of %d tokens", sizes.block_count, sizes.block_size)
+    return Engine(model, sizes, check=settings.check_invariants)
 
 
 async def serve(settings: Settings, engine: Engine) -> int:
@@ -160,6 +164,8 @@ def main() -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     warnings.simplefilter("ignore")
+    if not sys.stderr.isatty():
+        log_weight_loading()
     try:
         engine = build_engine(settings)
     except (ModelError, SettingsError) as error:

@@ -12,30 +12,26 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers import AttentionInterface, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 import kernels
 from data_plane.fingerprint import fingerprint
 from data_plane.kv_cache import KVCache
+from data_plane.model_probe import ModelError, first_line, probe, window_of
 from kernels import AttentionBatch
 
+__all__ = ["Model", "ModelError", "ModelFacts", "load_model"]
+
 PAGED = "quire_paged"
-PROBE = "quire_probe"
-# What layers may pass to attention that changes nothing in it.
-HARMLESS_TENSORS = {"position_ids", "cache_position", "position_embeddings", "attention_mask"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class ModelError(Exception):
-    """Why a model cannot be served, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +130,8 @@ def load_model(
         raise ModelError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{path / 'config.json'}: {_first_line(error)}") from error
+    except Exception as error:
+        raise ModelError(f"{path / 'config.json'}: {first_line(error)}") from error
     architecture = _architecture(config, raw)
     device = torch.device(device)
     if device.type == "cpu":
@@ -146,9 +142,11 @@ def load_model(
     else:
         module = _load(architecture, path, wanted).to(device)
     module.eval().requires_grad_(False)
-    # With a padding token, some models look for it in the input of every step.
-    module.config.get_text_config().pad_token_id = None
-    geometry = _probe(module, device)
+    # With a padding token, some models look for it in the input of every step. Some
+    # configs check what is set, so set it unseen.
+    vars(module.config.get_text_config())["pad_token_id"] = None
+    geometry = probe(module, device)
+    module.set_attn_implementation(PAGED)
     facts = ModelFacts(
         name=name or path.resolve().name,
         fingerprint=fingerprint(path, module.dtype, dummy=load_format == "dummy"),
@@ -186,6 +184,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """The registered attention: query [1, H, T, D], key and value [1, Hkv, T, D]."""
     batch, layer = quire_step.batch, module.layer_idx
+    sinks = getattr(module, "sinks", None) if s_aux is None else s_aux
     keys, values = quire_step.cache.keys(layer), quire_step.cache.values(layer)
     kernels.write_cache(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch)
     result = kernels.paged_attention(
@@ -194,175 +193,35 @@ def _attend(
         values,
         batch,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=_window(module, kwargs),
+        sliding_window=window_of(module, kwargs),
         softcap=softcap,
-        sinks=s_aux,
+        sinks=sinks,
     )
     return result[None], None
 
 
-def _window(module: Any, kwargs: dict[str, Any]) -> int | None:
-    """The layer's window: what it passes, or else what it carries; 0 and None mean none."""
-    if "sliding_window" in kwargs:
-        return kwargs["sliding_window"] or None
-    return getattr(module, "sliding_window", None) or None
-
-
-@dataclass
-class _Call:
-    """What one layer asked of its attention."""
-
-    layer: Any
-    heads: int
-    kv_heads: int
-    head_size: int
-    value_size: int
-    window: int | None
-    mask: Any
-    unknown: list[str]
-
-
-@dataclass
-class _Recorder:
-    """Collects the probe's calls, and the mask rule that the model made for each layer."""
-
-    calls: list[_Call] = field(default_factory=list)
-    masks: list[tuple[Tensor, Any]] = field(default_factory=list)
-
-    def mask_of(self, attention_mask: Tensor | None) -> Any:
-        for mask, rule in self.masks:
-            if attention_mask is mask:
-                return rule
-        return None
-
-
-_recorder = _Recorder()
-
-
-def _record(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Stands in for the attention during the probe."""
-    known = HARMLESS_TENSORS | {"s_aux"}
-    unknown = [
-        name for name, given in kwargs.items() if isinstance(given, Tensor) and name not in known
-    ]
-    _recorder.calls.append(
-        _Call(
-            getattr(module, "layer_idx", None),
-            query.shape[1],
-            key.shape[1],
-            key.shape[3],
-            value.shape[3],
-            _window(module, kwargs),
-            _recorder.mask_of(attention_mask),
-            unknown,
-        )
-    )
-    return torch.zeros_like(query).transpose(1, 2).contiguous(), None
-
-
-def _record_mask(
-    batch_size: int, q_length: int, kv_length: int, mask_function: Any, **kwargs: Any
-) -> Tensor:
-    """A mask that hides nothing and is remembered by identity, with the rule behind it."""
-    mask = torch.ones(
-        batch_size, 1, q_length, kv_length, dtype=torch.bool, device=kwargs.get("device")
-    )
-    _recorder.masks.append((mask, mask_function))
-    return mask
-
-
 AttentionInterface.register(PAGED, _attend)
-AttentionInterface.register(PROBE, _record)
-AttentionMaskInterface.register(PROBE, _record_mask)
-
-
-@dataclass(frozen=True)
-class _Geometry:
-    layer_count: int
-    kv_head_count: int
-    head_size: int
-    vocabulary_size: int
-
-
-@torch.inference_mode()
-def _probe(module: Any, device: torch.device) -> _Geometry:
-    """Run three tokens and hold what the layers ask for against what the kernels can do."""
-    global _recorder
-    layer_count = module.config.get_text_config().num_hidden_layers
-    _recorder = _Recorder()
-    module.set_attn_implementation(PROBE)
-    try:
-        output = module(
-            input_ids=torch.zeros((1, 3), dtype=torch.int64, device=device),
-            position_ids=torch.arange(3, device=device)[None],
-            use_cache=False,
-            logits_to_keep=torch.tensor([2], device=device),
-        )
-    except Exception as error:
-        raise ModelError(f"a probe of the model failed: {_first_line(error)}") from error
-    finally:
-        calls, _recorder = _recorder.calls, _Recorder()
-    module.set_attn_implementation(PAGED)
-    if sorted(str(call.layer) for call in calls) != sorted(str(at) for at in range(layer_count)):
-        raise ModelError(
-            f"its {layer_count} layers made {len(calls)} attention calls, not one each in order"
-        )
-    for call in calls:
-        _check_call(call)
-    shapes = {(call.heads, call.kv_heads, call.head_size) for call in calls}
-    if len(shapes) != 1:
-        raise ModelError("its layers differ in heads or head size, which one cache cannot hold")
-    _, kv_head_count, head_size = shapes.pop()
-    if output.logits.shape[:2] != (1, 1):
-        raise ModelError("it does not return logits for chosen tokens only")
-    return _Geometry(layer_count, kv_head_count, head_size, output.logits.shape[-1])
-
-
-def _check_call(call: _Call) -> None:
-    if call.unknown:
-        raise ModelError(f"its attention takes {call.unknown[0]}, which is not supported")
-    if call.head_size != call.value_size:
-        raise ModelError(
-            f"its key heads ({call.head_size}) and value heads ({call.value_size}) differ in size"
-        )
-    if call.heads % call.kv_heads:
-        raise ModelError(f"{call.heads} query heads do not divide among {call.kv_heads} KV heads")
-    if call.mask is None:
-        return
-    # The mask rule is asked far out, where windows, chunks and prefixes show.
-    here = 1 << 20
-    expected = {here: True, here + 1: False}
-    if call.window is None:
-        expected |= {0: True, here // 2: True}
-    else:
-        expected |= {here - call.window + 1: True, here - call.window: False, 0: False}
-    zero, query = torch.tensor(0), torch.tensor(here)
-    for key, seen in expected.items():
-        if bool(call.mask(zero, zero, query, torch.tensor(key))) != seen:
-            raise ModelError("its attention mask is neither causal nor a sliding window")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory")
-    try:
-        raw = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{path} has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path / 'config.json'} cannot be read: {_first_line(error)}") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path / 'config.json'} is not a JSON object")
+    raw = _read_json(path / "config.json")
     if "auto_map" in raw:
         raise ModelError(f"{path} needs code of its own (auto_map), which is never run")
     return raw
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{file.parent} has no {file.name}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} is not a JSON object")
+    return content
 
 
 def _check_weights(path: Path) -> None:
@@ -387,9 +246,10 @@ def _architecture(config: Any, raw: dict[str, Any]) -> Any:
         raise ModelError(f"{named[0]} is not supported, only {architecture.__name__} of {kind}")
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if getattr(architecture, "_is_stateful", False) or kinds:
-        found = f" ({', '.join(sorted(kinds))})" if kinds else ""
-        raise ModelError(f"{kind} has recurrent or hybrid layers{found}, which are not supported")
+    if getattr(architecture, "_is_stateful", False):
+        raise ModelError(f"{kind} has recurrent layers, which are not supported")
+    if kinds:
+        raise ModelError(f"{kind} has {', '.join(sorted(kinds))} layers, which are not supported")
     if not getattr(architecture, "_supports_attention_backend", False):
         raise ModelError(f"{kind} does not go through the attention interface of transformers")
     if "logits_to_keep" not in inspect.signature(architecture.forward).parameters:
@@ -399,7 +259,7 @@ def _architecture(config: Any, raw: dict[str, Any]) -> Any:
 
 def _load(architecture: Any, path: Path, dtype: torch.dtype | str) -> Any:
     if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         module, report = architecture.from_pretrained(
             path,
@@ -411,7 +271,7 @@ def _load(architecture: Any, path: Path, dtype: torch.dtype | str) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{path} cannot be loaded: {first_line(error)}") from error
     for what in ("missing_keys", "mismatched_keys"):
         if report.get(what):
             first = min(str(key) for key in report[what])
@@ -454,13 +314,9 @@ def _max_length(config: Any) -> int:
 def _eos_token_ids(path: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     """generation_config.json first, then config.json."""
     generation = path / "generation_config.json"
-    sources = [json.loads(generation.read_text())] if generation.is_file() else []
+    sources = [_read_json(generation)] if generation.is_file() else []
     for source in (*sources, raw, raw.get("text_config") or {}):
         ids = source.get("eos_token_id")
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (int(ids),)
     return ()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import gcd
 from typing import Any, TypeVar
 
@@ -58,6 +59,7 @@ class AttentionBatch:
     ) -> AttentionBatch:
         """Check the columns (CPU tensors of the dtypes above) and move them to the device.
 
+        They are kept, not copied: do not write to them before the step is computed.
         Raises ValueError, naming the argument, for a wrong shape, dtype or count.
         """
         host = HostColumns(query_starts, context_lengths, block_tables, slot_mapping)
@@ -122,19 +124,21 @@ class RowLayout:
     block_size: int
     head_size: int
 
-    @classmethod
-    def of(cls, name: str, blocks: Tensor) -> RowLayout:
-        """Raises ValueError where heads are not contiguous or overlap."""
-        shape, strides = blocks.shape, blocks.stride()
-        steps = [step if size > 1 else 0 for size, step in zip(shape[:3], strides[:3], strict=True)]
-        head_size = shape[3]
-        pitch = gcd(*steps) or head_size
-        if strides[3] != 1 or pitch < head_size:
-            raise ValueError(f"{name} must keep each head contiguous, not have strides {strides}")
-        block, head, offset = (step // pitch for step in steps)
-        rows = 1 + (shape[0] - 1) * block + (shape[1] - 1) * head + (shape[2] - 1) * offset
-        return cls(block, head, offset, pitch, rows, *shape)
-
     def view(self, blocks: Tensor) -> Tensor:
         """The [rows, D] view of a cache that has this layout."""
         return blocks.as_strided((self.rows, self.head_size), (self.pitch, 1))
+
+
+@lru_cache(maxsize=64)
+def row_layout(name: str, shape: torch.Size, strides: tuple[int, ...]) -> RowLayout:
+    """How a [N, Hkv, block_size, D] cache with these strides is cut into rows.
+
+    Raises ValueError, naming the argument, where heads are not contiguous or overlap.
+    """
+    steps = [step if size > 1 else 0 for size, step in zip(shape[:3], strides[:3], strict=True)]
+    pitch = gcd(*steps) or shape[3]
+    if strides[3] != 1 or pitch < shape[3]:
+        raise ValueError(f"{name} must keep each head contiguous, not have strides {strides}")
+    block, head, offset = (step // pitch for step in steps)
+    rows = 1 + (shape[0] - 1) * block + (shape[1] - 1) * head + (shape[2] - 1) * offset
+    return RowLayout(block, head, offset, pitch, rows, *shape)

@@ -6,12 +6,12 @@ a padded position points at the sequence's own last key, so that nothing which
 another sequence left behind, NaN included, is ever read. Query heads that share
 a key/value head are packed into the query dimension: keys are never repeated.
 
-What is fast on a CPU (two-core Zen 4, bf16, 64 sequences of 50 to 400 keys, 8 and
+What is fast on a CPU (two-core Zen 4, bf16, 64 sequences of 50 to 350 keys, 8 and
 4 heads of 64): the limit is memory latency, and `embedding_bag` is the one gather
 in torch that prefetches, 1.5 to 3 times as fast as `index_select`. For decodes
 its weighted sum over rows is the product of weights and values, so values are
-never copied at all; scores are one batched product. Fused attention, whose bf16
-path is made for long queries, takes three times as long there and serves chunks.
+never copied at all; scores are one batched product. Fused attention is made for
+long queries: it takes three times as long as two products there, and serves chunks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.batch import AttentionBatch, RowLayout
+from kernels.batch import AttentionBatch, RowLayout, row_layout
 from kernels.torch_cache import check_cache
 
 # embedding_bag's mode.
@@ -31,10 +31,18 @@ SUM = 0
 # Queries of one chunk that share one gather: long chunks are cut, so that early
 # queries do not pay for late keys and a mask stays small.
 TILE_QUERIES = 256
-# Scores (queries * keys) of a group: keys of about this many stay in a core's cache.
-GROUP_SCORES = {True: 8192, False: 1 << 22}
-# Padded scores that are cheaper than one more group.
-GROUP_SLACK = {True: 2048, False: 16384}
+
+
+class _Limits(NamedTuple):
+    """scores: queries * keys of a group at most; small groups pad less and stay in cache.
+    slack: padded scores that cost less than one more group."""
+
+    scores: int
+    slack: int
+
+
+DECODES = _Limits(scores=8192, slack=2048)
+CHUNKS = _Limits(scores=1 << 22, slack=1 << 14)
 
 
 def paged_attention(
@@ -62,7 +70,7 @@ def paged_attention(
     """
     _check(query, key_blocks, value_blocks, batch, sliding_window, sinks)
     heads, head_size = query.shape[1:]
-    layout = RowLayout.of("key_blocks", key_blocks)
+    layout = row_layout("key_blocks", key_blocks.shape, key_blocks.stride())
     plan = batch.derive(
         ("attention", layout, heads, sliding_window, query.dtype),
         lambda: _plan(batch, layout, heads, sliding_window, query.dtype),
@@ -300,18 +308,23 @@ def _cut_runs(tiles: _Tiles) -> list[_Run]:
     columns = (classes >> 8, firsts, sizes, longest)
     for power, first, size, keys in zip(*(column.tolist() for column in columns), strict=True):
         run = _Run(first, first + size, 1 << power, keys)
-        if joined and _padding(joined[-1], run) <= GROUP_SLACK[run.queries == 1]:
+        if joined and _padding(joined[-1], run) <= _limits(run).slack:
             run = _join(joined.pop(), run)
         joined.append(run)
     lengths = tiles.key_count.tolist()
     pieces = []
-    for first, last, queries, keys in joined:
-        parts = -(-(last - first) * queries * keys // GROUP_SCORES[queries == 1])
-        size = -(-(last - first) // parts)
-        for at in range(first, last, size):
-            piece = lengths[at : min(at + size, last)]
-            pieces.append(_Run(at, at + len(piece), queries, max(piece)))
+    for run in joined:
+        count = run.last - run.first
+        parts = -(-count * run.queries * run.keys // _limits(run).scores)
+        size = -(-count // parts)
+        for at in range(run.first, run.last, size):
+            piece = lengths[at : min(at + size, run.last)]
+            pieces.append(_Run(at, at + len(piece), run.queries, max(piece)))
     return pieces
+
+
+def _limits(run: _Run) -> _Limits:
+    return DECODES if run.queries == 1 else CHUNKS
 
 
 def _join(run: _Run, following: _Run) -> _Run:

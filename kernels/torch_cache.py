@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.batch import AttentionBatch, RowLayout
+from kernels.batch import AttentionBatch, RowLayout, row_layout
 
 
 def write_cache(
@@ -27,7 +27,7 @@ def write_cache(
                 f"{name} must be {key_blocks.dtype} {list(expected)}, "
                 f"not {tensor.dtype} {list(tensor.shape)}"
             )
-    layout = RowLayout.of("key_blocks", key_blocks)
+    layout = row_layout("key_blocks", key_blocks.shape, key_blocks.stride())
     rows, kept = batch.derive(("write", layout), lambda: _write_rows(batch, layout))
     for source, blocks in ((key, key_blocks), (value, value_blocks)):
         chosen = source if kept is None else source.index_select(0, kept)

@@ -52,7 +52,19 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0},
     ),
     "phi": ("phi", _MULTI_HEAD),
+    "gpt_oss": (
+        "gpt_oss",
+        {**_LLAMA, **_HEAD_SIZE, "sliding_window": 24, "num_local_experts": 4}
+        | {"num_experts_per_tok": 2},
+    ),
     # ---
+    "nemotron": ("nemotron", _LLAMA),
+    "diffllama": ("diffllama", _LLAMA),
+    "bert": ("bert", _MULTI_HEAD),
+    "llama4": (
+        "llama4_text",
+        {**_LLAMA, "intermediate_size_mlp": 32, "num_local_experts": 2},
+    ),
     "falcon": ("falcon", _MULTI_HEAD),
     "bloom": (
         "bloom",
@@ -63,7 +75,16 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
     ),
 }
-REFUSED = ("falcon", "bloom", "mamba")
+# Why each is refused, as a pattern of the message.
+REFUSED = {
+    "falcon": "attention interface",
+    "bloom": "attention interface",
+    "mamba": "recurrent",
+    "nemotron": "keyword arguments",
+    "diffllama": "4 attention calls",
+    "bert": "neither causal nor a sliding window",
+    "llama4": "chunked_attention",
+}
 SERVED = tuple(arch for arch in _CONFIGS if arch not in REFUSED)
 
 

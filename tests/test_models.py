@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from models import EOS_TOKEN_ID, REFUSED, SERVED, VOCABULARY_SIZE, add_tokenizer, tiny_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -20,6 +20,7 @@ from data_plane.fingerprint import fingerprint
 from data_plane.kv_cache import KVCache
 from data_plane.model import Model, ModelError, load_model
 from kernels import AttentionBatch
+from tests.models import EOS_TOKEN_ID, REFUSED, SERVED, VOCABULARY_SIZE, add_tokenizer, tiny_model
 
 REPOSITORY = Path(__file__).parent.parent
 PROMPT_LENGTHS = (1, 15, 16, 17, 33, 200)
@@ -207,7 +208,7 @@ def test_dummy_needs_a_config_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", REFUSED)
 def test_other_attention_is_refused(arch: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"attention interface|recurrent"):
+    with pytest.raises(ModelError, match=REFUSED[arch]):
         load_model(tiny_model(arch, tmp_path / arch))
 
 
@@ -277,3 +278,38 @@ def test_tokenizer_has_the_vocabulary_of_the_model(tmp_path: Path) -> None:
         assert tokenizer.token_to_id("</s>") == EOS_TOKEN_ID
         text = "Hello, fox!\n12"
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_cache_views_and_moves() -> None:
+    cache = KVCache(3, 8, 4, 2, 16, 32, torch.bfloat16)
+    assert cache.keys(2).shape == cache.values(0).shape == (8, 2, 16, 32)
+    assert cache.bytes_per_block == 3 * 2 * 2 * 16 * 32 * 2
+    generator = torch.manual_seed(0)
+    cache.slab.copy_(torch.randn(cache.slab.shape, generator=generator))
+    cache.host_slab.zero_()
+    before = cache.slab.clone()
+    cache.copy_blocks(np.array([1, 2], dtype=np.int32), np.array([3, 4], dtype=np.int32))
+    assert torch.equal(cache.keys(1)[3], before[1, 1, 0])
+    assert torch.equal(cache.values(2)[4], before[2, 2, 1])
+    cache.swap_out(np.array([7, 0]), np.array([1, 3]))
+    cache.slab[:, [0, 7]] = 0
+    cache.swap_in(np.array([3, 1]), np.array([0, 7]))
+    assert torch.equal(cache.slab[:, [0, 7]], before[:, [0, 7]])
+    nothing = np.array([], dtype=np.int64)
+    cache.copy_blocks(nothing, nothing)
+    cache.swap_out(nothing, nothing)
+    cache.swap_in(nothing, nothing)
+
+
+def test_cache_refuses_ids_and_sizes_out_of_range() -> None:
+    cache = KVCache(1, 4, 2, 1, 8, 32, torch.float32)
+    with pytest.raises(IndexError):
+        cache.copy_blocks(np.array([4]), np.array([0]))
+    with pytest.raises(IndexError):
+        cache.swap_out(np.array([0]), np.array([2]))
+    with pytest.raises(IndexError):
+        cache.swap_in(np.array([0]), np.array([-1]))
+    with pytest.raises(ValueError, match="destinations"):
+        cache.copy_blocks(np.array([1, 2]), np.array([0]))
+    with pytest.raises(ValueError, match="positive"):
+        KVCache(1, 0, 0, 1, 8, 32, torch.float32)

@@ -1,0 +1,345 @@
+"""The client library: Generate as an iterator that survives restarts of the service.
+
+    async with Client("127.0.0.1:7401") as client:
+        async for event in client.generate("A block table is", max_tokens=64):
+            print(event.delta.text, end="", flush=True)
+
+A stream that breaks is taken up again under the same request id, with the number of tokens that
+have arrived: the caller sees each token once, whatever happened in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, TypeAlias, TypedDict, Unpack, cast
+
+import grpc
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+
+from protos import wire
+from protos.inference.v1 import inference_pb2 as pb
+from protos.inference.v1 import inference_pb2_grpc
+
+DEFAULT_ADDRESS = "127.0.0.1:7401"
+# Seconds before the first new attempt; each further wait is twice as long, up to the longest.
+FIRST_WAIT = 0.05
+LONGEST_WAIT = 1.0
+
+# Plain text, token ids, or a chat: [{"role": "user", "content": "..."}].
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"
+
+
+class Options(TypedDict, total=False):
+    """Fields of a GenerateRequest under their names in the contract, which has their ranges.
+
+    None is the same as absent.
+    """
+
+    model: str | None
+    priority: int | None
+    request_id: str | None
+    # Sampling. A temperature of 0 is greedy, absent is 1.
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    # Stopping.
+    max_tokens: int | None
+    min_tokens: int | None
+    stop_strings: Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    # Output.
+    sample_count: int | None
+    logprob_count: int | None
+    prompt_logprob_count: int | None
+
+
+class CallError(Exception):
+    """A call failed.
+
+    Attributes:
+        code: the gRPC status.
+        sentence: what is wrong.
+        details: google.rpc messages: BadRequest, ErrorInfo, RetryInfo.
+    """
+
+    def __init__(
+        self, code: grpc.StatusCode, sentence: str, details: Sequence[Message] = ()
+    ) -> None:
+        super().__init__(f"{code.name}: {sentence}")
+        self.code, self.sentence, self.details = code, sentence, tuple(details)
+
+    @classmethod
+    def of(cls, error: grpc.aio.AioRpcError, address: str) -> CallError:
+        details = wire.error_details(error)
+        sentence = error.details() or error.code().name
+        if error.code() is grpc.StatusCode.UNAVAILABLE and not details:
+            # The service itself says why it is unavailable; without a reason nobody was reached.
+            sentence = f"nothing answers at {address}"
+        return cls(error.code(), sentence, details)
+
+    @property
+    def field(self) -> str:
+        """The request's field that was refused, if one was."""
+        for detail in self.details:
+            if isinstance(detail, error_details_pb2.BadRequest) and detail.field_violations:
+                return str(detail.field_violations[0].field)
+        return ""
+
+    @property
+    def retry_seconds(self) -> float | None:
+        """When the service asks to come back, if it does."""
+        for detail in self.details:
+            if isinstance(detail, error_details_pb2.RetryInfo):
+                return float(detail.retry_delay.ToTimedelta().total_seconds())
+        return None
+
+
+def make_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateRequest:
+    """Builds a request.
+
+    Raises:
+        TypeError: an option that there is not, or a value of another type than the contract's.
+    """
+    request = pb.GenerateRequest()
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and isinstance(prompt[0], int):
+        request.token_ids.ids.extend(cast("Sequence[int]", prompt))
+    else:
+        turns = cast("Sequence[Mapping[str, str]]", prompt)
+        request.chat.messages.extend(pb.ChatMessage(**turn) for turn in turns)
+    given = {name: value for name, value in options.items() if value is not None}
+    parts: list[Any] = [request, request.sampling, request.stopping, request.output]
+    for part in parts:
+        names = given.keys() & part.DESCRIPTOR.fields_by_name.keys()
+        if names:
+            part.MergeFrom(type(part)(**{name: given.pop(name) for name in names}))
+    if given:
+        raise TypeError(f"there is no option {', '.join(sorted(given))}")
+    return request
+
+
+class Client:
+    """Calls one control plane, or several behind one name.
+
+    Args:
+        address: host:port, or what else gRPC resolves, for example dns:///quire:7401.
+        retry_seconds: how long to try again without any progress when the service is away, starts,
+            or is full; 0: not at all.
+        tls: None: plain text.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        retry_seconds: float = 30.0,
+        tls: wire.Tls | None = None,
+    ) -> None:
+        self.address, self.retry_seconds = address, retry_seconds
+        self._tls = tls
+
+    async def __aenter__(self) -> Client:
+        # Not before there is an event loop: a channel belongs to one.
+        self._channel = wire.channel(self.address, self._tls)
+        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._channel.close()
+
+    async def wait_connected(self, seconds: float) -> None:
+        """Connects.
+
+        Raises:
+            CallError: UNAVAILABLE, nothing answers within that time.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            sentence = f"nothing answers at {self.address}"
+            raise CallError(grpc.StatusCode.UNAVAILABLE, sentence) from None
+
+    async def generate(
+        self,
+        prompt: Prompt | pb.GenerateRequest,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        """Streams one request's events: Accepted, Deltas, a Finished per sample, Usage.
+
+        An iteration that is left early ends the generation; close the iterator to do so at once.
+
+        Args:
+            prompt: or a whole request, with which there are no options.
+            timeout: seconds for everything together, new attempts included.
+
+        Raises:
+            CallError: the call was refused, or the service did not come back in time.
+        """
+        if not isinstance(prompt, pb.GenerateRequest):
+            prompt = make_request(prompt, **options)
+        elif options:
+            raise TypeError("options come with a prompt; a request has its own")
+        progress, patience = _Progress(prompt), _Patience(self.retry_seconds)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            call = self._stub.Generate(progress.resume(), timeout=left)
+            try:
+                async for event in call:
+                    if progress.take(event):
+                        patience.renew()
+                        yield event
+                return
+            except grpc.aio.AioRpcError as error:
+                wait = patience.wait(CallError.of(error, self.address))
+            finally:
+                call.cancel()
+            if deadline is not None:
+                wait = min(wait, max(deadline - time.monotonic(), 0))
+            await asyncio.sleep(wait)
+
+    async def text(
+        self,
+        prompt: Prompt | pb.GenerateRequest,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> str:
+        """Returns the whole text of the first sample; arguments as for `generate`.
+
+        Raises:
+            CallError: as for `generate`; INTERNAL: the engine could not go on with the sample.
+        """
+        pieces: list[str] = []
+        async with aclosing(self.generate(prompt, timeout=timeout, **options)) as events:
+            async for event in events:
+                if event.delta.sample == 0:
+                    pieces.append(event.delta.text)
+                if event.finished.reason == pb.FINISH_REASON_ERROR and event.finished.sample == 0:
+                    raise CallError(grpc.StatusCode.INTERNAL, event.finished.message)
+        return "".join(pieces)
+
+    async def cancel(self, request_id: str) -> None:
+        """Ends a running generation; its streams finish with FINISH_REASON_CANCELLED.
+
+        Raises:
+            CallError: NOT_FOUND, no such generation runs there.
+        """
+        try:
+            await self._stub.Cancel(pb.CancelRequest(request_id=request_id))
+        except grpc.aio.AioRpcError as error:
+            raise CallError.of(error, self.address) from None
+
+
+def generate_text(
+    prompt: Prompt, address: str = DEFAULT_ADDRESS, **options: Unpack[Options]
+) -> str:
+    """Generates one text from code that is not asynchronous. Raises CallError."""
+
+    async def call() -> str:
+        async with Client(address) as client:
+            return await client.text(prompt, **options)
+
+    return asyncio.run(call())
+
+
+class _Progress:
+    """What the caller has of one generation, whatever number of streams it came from."""
+
+    def __init__(self, request: pb.GenerateRequest) -> None:
+        self._request = pb.GenerateRequest()
+        self._request.CopyFrom(request)
+        self._request.request_id = request.request_id or uuid.uuid4().hex
+        output = request.output
+        samples = output.sample_count if output.HasField("sample_count") else 1
+        # A count that the service refuses is the service's to refuse.
+        self._received = list(request.received_token_counts) or [0] * max(samples, 0)
+        self._accepted = False
+        self._finished: set[int] = set()
+        # Every stream brings the prompt's log-probabilities from the first on.
+        self._prompt_logprobs = 0
+        self._prompt_logprobs_of_stream = 0
+
+    def resume(self) -> pb.GenerateRequest:
+        """The request for what is missing."""
+        self._prompt_logprobs_of_stream = 0
+        if any(self._received):
+            self._request.received_token_counts[:] = self._received
+        return self._request
+
+    def take(self, event: pb.GenerateResponse) -> bool:
+        """Counts an event, and cuts off what came before; returns whether anything is left."""
+        kind = event.WhichOneof("event")
+        if kind == "accepted":
+            new, self._accepted = not self._accepted, True
+            return new
+        if kind == "finished":
+            new = event.finished.sample not in self._finished
+            self._finished.add(event.finished.sample)
+            return new
+        if kind == "delta":
+            delta = event.delta
+            self._received[delta.sample] += len(delta.token_ids)
+            start = self._prompt_logprobs_of_stream
+            self._prompt_logprobs_of_stream += len(delta.prompt_logprobs)
+            del delta.prompt_logprobs[: max(self._prompt_logprobs - start, 0)]
+            self._prompt_logprobs += len(delta.prompt_logprobs)
+            return bool(delta.token_ids or delta.text or delta.prompt_logprobs)
+        return True
+
+
+class _Patience:
+    """When to try again, and when no more."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.renew()
+
+    def renew(self) -> None:
+        """There was progress."""
+        self._next_wait = FIRST_WAIT
+        self._failing_since: float | None = None
+
+    def wait(self, error: CallError) -> float:
+        """Seconds until the next attempt.
+
+        Raises:
+            CallError: the same error, where another attempt is of no use or comes too late.
+        """
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        if error.code is grpc.StatusCode.UNAVAILABLE:
+            # Spread, so that the clients of a dead replica do not come back all at once.
+            wait = self._next_wait * random.uniform(0.5, 1.0)  # noqa: S311
+            self._next_wait = min(2 * self._next_wait, LONGEST_WAIT)
+        elif error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_seconds is not None:
+            wait = error.retry_seconds * random.uniform(1.0, 1.2)  # noqa: S311
+        else:
+            raise error
+        if now + wait > self._failing_since + self._seconds:
+            raise error
+        return wait

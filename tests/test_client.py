@@ -1,0 +1,334 @@
+"""The client library: every token once, whatever happens to the service meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+
+from control_plane.client import CallError, Client, generate_text, make_request
+from control_plane.local_stack import LocalStack, StackSettings, demo_model
+from protos import wire
+from protos.inference.v1 import inference_pb2 as pb
+from protos.inference.v1 import inference_pb2_grpc
+
+GOLDEN = json.loads((demo_model() / "golden.json").read_text())
+SYSTEM = (demo_model() / "system_prompt.txt").read_text().strip()
+
+
+@dataclass
+class Collected:
+    """What a caller got from one call to generate."""
+
+    texts: dict[int, str] = field(default_factory=dict)
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[int] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def take(self, event: pb.GenerateResponse) -> None:
+        if event.WhichOneof("event") != "delta":
+            self.others.append(event.WhichOneof("event"))
+            return
+        delta = event.delta
+        self.texts[delta.sample] = self.texts.get(delta.sample, "") + delta.text
+        self.token_ids.setdefault(delta.sample, []).extend(delta.token_ids)
+        self.logprobs += [entry.logprob for entry in delta.logprobs]
+        self.prompt_logprobs += [entry.token_id for entry in delta.prompt_logprobs]
+
+
+async def collect(
+    events: AsyncIterator[pb.GenerateResponse], on_delta: Callable[[], None] = lambda: None
+) -> Collected:
+    collected = Collected()
+    async for event in events:
+        collected.take(event)
+        if event.WhichOneof("event") == "delta":
+            on_delta()
+    return collected
+
+
+# Against a real service.
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def stack(runner: asyncio.Runner) -> Iterator[LocalStack]:
+    settings = StackSettings(flags=("--model", str(demo_model()), "--threads", "1"))
+    stack = LocalStack(settings)
+    runner.run(stack.__aenter__())
+    yield stack
+    runner.run(stack.__aexit__(None, None, None))
+
+
+class Killer:
+    """Kills the control plane after some deltas, and starts it again."""
+
+    def __init__(self, stack: LocalStack, after: int) -> None:
+        self._stack, self._left = stack, after
+        self.restart: asyncio.Task[None] | None = None
+
+    def __call__(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            assert self._stack.control_plane.pid is not None
+            os.kill(self._stack.control_plane.pid, signal.SIGKILL)
+            self.restart = asyncio.create_task(self._restart())
+
+    async def _restart(self) -> None:
+        while self._stack.control_plane.exit_status is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await self._stack.start(self._stack.control_plane)
+
+
+def test_text_of_a_prompt_and_of_a_chat(runner: asyncio.Runner, stack: LocalStack) -> None:
+    async def calls() -> None:
+        async with Client(stack.address) as client:
+            chat = [
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": GOLDEN[0]["question"]},
+            ]
+            assert await client.text(chat, temperature=0) == GOLDEN[0]["text"]
+            ids = GOLDEN[1]["prompt_token_ids"]
+            assert await client.text(ids, temperature=0) == GOLDEN[1]["text"]
+            assert await client.text("A block table is", max_tokens=4)
+
+    runner.run(calls())
+
+
+def test_streams_go_on_after_the_control_plane_was_killed(
+    runner: asyncio.Runner, stack: LocalStack
+) -> None:
+    async def calls() -> list[Collected]:
+        killer = Killer(stack, after=25)
+        async with Client(stack.address) as client:
+            streams = [
+                collect(client.generate(entry["prompt_token_ids"], temperature=0), killer)
+                for entry in GOLDEN
+            ]
+            collected = await asyncio.gather(*streams)
+        assert killer.restart is not None, "the answers ended before the kill"
+        await killer.restart
+        return collected
+
+    for entry, collected in zip(GOLDEN, runner.run(calls()), strict=True):
+        assert collected.token_ids == {0: entry["output_token_ids"]}
+        assert collected.texts == {0: entry["text"]}
+        assert collected.others == ["accepted", "finished", "usage"]
+
+
+def test_samples_go_on_after_the_control_plane_was_killed(
+    runner: asyncio.Runner, stack: LocalStack
+) -> None:
+    async def calls() -> tuple[Collected, Collected]:
+        request = make_request(
+            "What is", seed=7, sample_count=3, max_tokens=60, ignore_eos=True, logprob_count=0
+        )
+        killer = Killer(stack, after=60)
+        async with Client(stack.address) as client:
+            undisturbed = await collect(client.generate(request))
+            disturbed = await collect(client.generate(request), killer)
+        assert killer.restart is not None
+        await killer.restart
+        return undisturbed, disturbed
+
+    undisturbed, disturbed = runner.run(calls())
+    assert [len(ids) for ids in undisturbed.token_ids.values()] == [60] * 3
+    assert disturbed.token_ids == undisturbed.token_ids
+    assert disturbed.texts == undisturbed.texts
+    assert len(disturbed.logprobs) == 180
+    assert disturbed.others == ["accepted", "finished", "finished", "finished", "usage"]
+
+
+def test_refusals_and_cancel(runner: asyncio.Runner, stack: LocalStack) -> None:
+    async def calls() -> None:
+        async with Client(stack.address) as client:
+            with pytest.raises(CallError) as refused:
+                await client.text("x", temperature=-1)
+            assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert refused.value.field == "sampling.temperature"
+            with pytest.raises(CallError, match="NOT_FOUND"):
+                await client.text("x", model="other")
+            with pytest.raises(CallError, match="NOT_FOUND"):
+                await client.cancel("never-heard-of")
+            reasons = []
+            request = make_request("What", request_id="long", max_tokens=1000, ignore_eos=True)
+            async for event in client.generate(request):
+                if event.WhichOneof("event") == "accepted":
+                    await client.cancel("long")
+                if event.WhichOneof("event") == "finished":
+                    reasons.append(event.finished.reason)
+            assert reasons == [pb.FINISH_REASON_CANCELLED]
+
+    runner.run(calls())
+
+
+# Against a service that answers as told.
+
+Step = pb.GenerateResponse | wire.RpcError
+
+
+class Scripted(inference_pb2_grpc.InferenceServiceServicer):
+    """Answers its n-th call with the n-th list: messages, then perhaps an error."""
+
+    def __init__(self, *answers: list[Step]) -> None:
+        self._answers = list(answers)
+        self.requests: list[pb.GenerateRequest] = []
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: wire.Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        self.requests.append(request)
+        for step in self._answers.pop(0):
+            if isinstance(step, wire.RpcError):
+                await wire.abort(context, step)
+            yield step
+
+
+def against(service: Scripted, call: Callable[[Client], Any], retry_seconds: float = 5.0) -> Any:
+    async def run() -> Any:
+        server = wire.server()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
+        port = wire.listen(server, "127.0.0.1:0", None)
+        await server.start()
+        try:
+            async with Client(f"127.0.0.1:{port}", retry_seconds=retry_seconds) as client:
+                return await call(client)
+        finally:
+            await server.stop(0)
+
+    return asyncio.run(run())
+
+
+ACCEPTED = pb.GenerateResponse(accepted=pb.Accepted(request_id="r"))
+USAGE = pb.GenerateResponse(usage=pb.Usage())
+GONE = wire.RpcError(grpc.StatusCode.UNAVAILABLE, "gone")
+
+
+def delta(sample: int, *token_ids: int, prompt: tuple[int, ...] = ()) -> pb.GenerateResponse:
+    text = "".join(map(chr, token_ids))
+    logprobs = [pb.TokenLogprob(token_id=token) for token in prompt]
+    message = pb.Delta(sample=sample, text=text, token_ids=token_ids, prompt_logprobs=logprobs)
+    return pb.GenerateResponse(delta=message)
+
+
+def finished(sample: int) -> pb.GenerateResponse:
+    return pb.GenerateResponse(finished=pb.Finished(sample=sample))
+
+
+def test_each_stream_asks_for_what_is_missing() -> None:
+    service = Scripted(
+        [GONE],
+        [ACCEPTED, delta(0, 65, prompt=(1, 2)), delta(1, 66, 67), finished(1), GONE],
+        [ACCEPTED, delta(0, prompt=(1,)), GONE],
+        [ACCEPTED, delta(0, 68, prompt=(1, 2, 3)), finished(0), finished(1), USAGE],
+    )
+    collected = against(service, lambda client: collect(client.generate("x", sample_count=2)))
+    assert collected.texts == {0: "AD", 1: "BC"}
+    assert collected.prompt_logprobs == [1, 2, 3]
+    assert collected.others == ["accepted", "finished", "finished", "usage"]
+    assert len({request.request_id for request in service.requests}) == 1
+    assert service.requests[0].request_id
+    received = [list(request.received_token_counts) for request in service.requests]
+    assert received == [[], [], [1, 2], [1, 2]]
+
+
+def test_a_caller_may_go_on_where_another_stopped() -> None:
+    service = Scripted([delta(0, 65), GONE], [delta(0, 66), finished(0), USAGE])
+    request = pb.GenerateRequest(text="x", request_id="mine", received_token_counts=[10])
+    collected = against(service, lambda client: collect(client.generate(request)))
+    assert collected.texts == {0: "AB"}
+    assert [list(each.received_token_counts) for each in service.requests] == [[10], [11]]
+    assert {each.request_id for each in service.requests} == {"mine"}
+    assert list(request.received_token_counts) == [10], "the caller's message is the caller's"
+
+
+def test_a_full_queue_is_retried_when_the_service_says() -> None:
+    service = Scripted([wire.overloaded("full", 0.2)], [ACCEPTED, delta(0, 65), USAGE])
+
+    async def call(client: Client) -> float:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        assert await client.text("x") == "A"
+        return loop.time() - began
+
+    assert 0.2 <= against(service, call) < 2
+    later = Scripted([wire.overloaded("full", 60.0)])
+    with pytest.raises(CallError, match="RESOURCE_EXHAUSTED: full") as error:
+        against(later, lambda client: client.text("x"))
+    assert error.value.retry_seconds == 60.0
+
+
+def test_gives_up_after_some_time_without_progress() -> None:
+    service = Scripted(*[[GONE] for _ in range(100)])
+    with pytest.raises(CallError, match="UNAVAILABLE"):
+        against(service, lambda client: client.text("x"), retry_seconds=0.5)
+    # Waits of 25 to 50 ms, 50 to 100 ms and so on: some attempts, not a storm of them.
+    assert 3 <= len(service.requests) <= 8
+    once = Scripted([GONE])
+    with pytest.raises(CallError, match="UNAVAILABLE"):
+        against(once, lambda client: client.text("x"), retry_seconds=0)
+
+
+def test_the_timeout_bounds_all_attempts() -> None:
+    service = Scripted(*[[GONE] for _ in range(100)])
+    with pytest.raises(CallError, match="DEADLINE_EXCEEDED"):
+        against(service, lambda client: client.text("x", timeout=0.3))
+
+
+def test_text_raises_what_the_engine_reported() -> None:
+    failed = pb.Finished(reason=pb.FINISH_REASON_ERROR, message="broken; error 12ab")
+    service = Scripted([ACCEPTED, delta(0, 65), pb.GenerateResponse(finished=failed), USAGE])
+    with pytest.raises(CallError, match="INTERNAL: broken; error 12ab"):
+        against(service, lambda client: client.text("x"))
+
+
+def test_without_a_service() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+
+        async def call() -> None:
+            async with Client(address, retry_seconds=0.2) as client:
+                with pytest.raises(CallError, match=f"nothing answers at {address}"):
+                    await client.wait_connected(0.2)
+                with pytest.raises(CallError, match=f"nothing answers at {address}"):
+                    await client.text("x")
+
+        asyncio.run(call())
+
+
+def test_requests_use_the_names_of_the_contract() -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    request = make_request(chat, model="m", temperature=0, stop_strings=["."], sample_count=2)
+    assert request == pb.GenerateRequest(
+        model="m",
+        chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")]),
+        sampling=pb.Sampling(temperature=0),
+        stopping=pb.Stopping(stop_strings=["."]),
+        output=pb.Output(sample_count=2),
+    )
+    assert make_request("x", logit_bias={3: -1.0}).sampling.logit_bias[3] == -1.0
+    assert make_request("x", seed=None, max_tokens=None) == pb.GenerateRequest(text="x")
+    with pytest.raises(TypeError, match="no option temprature"):
+        make_request("x", temprature=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="its own"):
+        against(Scripted(), lambda client: client.text(pb.GenerateRequest(text="x"), temperature=0))
+
+
+def test_from_code_that_is_not_asynchronous(stack: LocalStack) -> None:
+    prompt = GOLDEN[2]["prompt_token_ids"]
+    assert generate_text(prompt, stack.address, temperature=0) == GOLDEN[2]["text"]

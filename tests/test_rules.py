@@ -1,0 +1,172 @@
+"""What the code base promises about itself: imports, sizes, bans, generated code, no torch."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from protos.generate import generate
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("control_plane", "data_plane", "kernels", "protos")
+STANDARD = set(sys.stdlib_module_names)
+GENERATED = re.compile(r"_pb2(_grpc)?\.py$")
+# Tools that run by hand, beside the package's own modules.
+SCRIPTS = {
+    "data_plane/demo_model/train.py",
+    "data_plane/demo_model/corpus.py",
+    "protos/generate.py",
+}
+
+WIRE_MODULES = {
+    "control_plane/admin.py",
+    "control_plane/cli.py",
+    "control_plane/client.py",
+    "control_plane/demo.py",
+    "control_plane/engine_link.py",
+    "control_plane/engine_wire.py",
+    "control_plane/frontend.py",
+    "control_plane/local_stack.py",
+    "control_plane/records.py",
+    "control_plane/server.py",
+    "control_plane/utf8.py",
+    "control_plane/views.py",
+}
+PURE_MODULES = {"blocks.py", "hashing.py", "plan.py", "request.py", "scheduler.py", "slots.py"}
+
+
+def sources(package: str) -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        if not GENERATED.search(name) and name not in SCRIPTS:
+            yield name, ast.parse(path.read_text())
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Returns the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def top_level(tree: ast.Module) -> set[str]:
+    return {name.split(".")[0] for name in imported(tree)} - STANDARD
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("kernels", {"kernels", "torch", "triton"}),
+        ("protos", {"protos", "grpc", "google", "grpc_health", "grpc_reflection", "grpc_status"}),
+    ],
+)
+def test_packages_import_only_what_they_may(package: str, allowed: set[str]) -> None:
+    for name, tree in sources(package):
+        assert top_level(tree) <= allowed, name
+
+
+def test_the_planes_do_not_know_each_other() -> None:
+    for name, tree in sources("control_plane"):
+        banned = {"torch", "triton", "transformers", "kernels", "data_plane", "safetensors"}
+        assert not top_level(tree) & banned, name
+    for name, tree in sources("data_plane"):
+        assert not top_level(tree) & {"redis", "control_plane"}, name
+
+
+def test_grpc_and_redis_stay_at_the_edge() -> None:
+    for name, tree in sources("control_plane"):
+        if "redis" in top_level(tree):
+            assert name == "control_plane/prefix_index.py"
+        if top_level(tree) & {"grpc", "protos", "google", "grpc_health"}:
+            assert name in WIRE_MODULES, name
+
+
+def test_scheduler_and_block_pool_are_pure() -> None:
+    allowed = {"numpy", "control_plane"}
+    banned = {"time", "random", "asyncio", "threading", "os", "logging", "datetime", "secrets"}
+    for name, tree in sources("control_plane"):
+        if Path(name).name in PURE_MODULES:
+            assert top_level(tree) <= allowed, name
+            assert not imported(tree) & banned, name
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    for package in PACKAGES:
+        for name, tree in sources(package):
+            text = (ROOT / name).read_text()
+            assert "pickle" not in imported(tree), name
+            assert "torch.load(" not in text, name
+            assert "trust_remote_code=True" not in text, name
+
+
+def test_functions_are_short() -> None:
+    for package in PACKAGES:
+        for name, tree in sources(package):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                    assert lines <= 70, f"{name}: {node.name} has {lines} lines"
+
+
+def test_generated_code_is_that_of_the_protos(tmp_path: Path) -> None:
+    generate(tmp_path)
+    fresh = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*_pb2*")}
+    committed = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "protos").rglob("*_pb2*")
+        if path.suffix != ".pyc"
+    }
+    assert set(fresh) == committed
+    for name, path in fresh.items():
+        assert path.read_text() == (ROOT / name).read_text(), name
+
+
+def test_control_plane_runs_without_torch(tmp_path: Path) -> None:
+    """In an environment that has every installed package but those of the data plane."""
+    site = Path(sysconfig.get_paths()["purelib"])
+    absent = re.compile(
+        r"torch|triton|transformers|safetensors|huggingface|functorch|nvidia|.*\.pth$"
+    )
+    for entry in site.iterdir():
+        if not absent.match(entry.name):
+            (tmp_path / entry.name).symlink_to(entry)
+    for package in ("control_plane", "protos"):
+        (tmp_path / package).symlink_to(ROOT / package)
+    code = (
+        "import sys, importlib.util as util\n"
+        "import control_plane.__main__, control_plane.cli, control_plane.server\n"
+        "assert not util.find_spec('torch') and not util.find_spec('transformers')\n"
+        "sys.argv = ['control_plane', '--help']\n"
+        "control_plane.__main__.main()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--max-waiting-requests" in result.stdout
+
+
+def test_settings_have_help_with_units_and_defaults() -> None:
+    from control_plane.settings import Settings as Control
+    from data_plane.settings import Settings as Data
+
+    for settings in (Control, Data):
+        for name, field in settings.model_fields.items():
+            assert field.description, name
