@@ -10,8 +10,8 @@ import time
 import redis
 
 from benchmarks.report import report
-from control_plane.local_stack import RedisServer
 from control_plane.prefix_index import EngineLife, PrefixIndex
+from tests.redis_server import RedisServer
 
 BLOCKS = 6250
 REPEATS = 50

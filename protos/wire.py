@@ -31,7 +31,7 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     # A restarted peer should be found again at once, not after a minute's backoff.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
     ('grpc.service_config', '{"loadBalancingConfig": [{"round_robin": {}}]}'),
 ]  # fmt: skip
 SERVER_OPTIONS = [

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from control_plane.child import Child
-from control_plane.cli import main
-from control_plane.local_stack import StackError, demo_model, is_free, split_flags
+from control_plane.cli.child import Child
+from control_plane.cli.commands import main
+from control_plane.cli.local_stack import StackError, demo_model, is_free, split_flags
 from data_plane import load_progress
 
 GOLDEN = json.loads((demo_model() / "golden.json").read_text())

@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 import pytest
 
+from control_plane.cli.local_stack import LocalStack, StackSettings, demo_model
 from control_plane.client import CallError, Client, generate_text, make_request
-from control_plane.local_stack import LocalStack, StackSettings, demo_model
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
 from protos.inference.v1 import inference_pb2_grpc
@@ -89,7 +89,7 @@ class Killer:
             self.restart = asyncio.create_task(self._restart())
 
     async def _restart(self) -> None:
-        while self._stack.control_plane.exit_status is None:  # noqa: ASYNC110
+        while self._stack.control_plane.exit_status is None:
             await asyncio.sleep(0.01)
         await self._stack.start(self._stack.control_plane)
 

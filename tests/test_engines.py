@@ -209,9 +209,8 @@ def test_pages_cover_everything_once(llama: Model) -> None:
 
 
 def test_metrics_say_what_happened(llama: Model) -> None:
-    from prometheus_client.parser import text_string_to_metric_families
-
     from prometheus_client import generate_latest
+    from prometheus_client.parser import text_string_to_metric_families
 
     async def main() -> None:
         async with running_stack(llama) as stack:

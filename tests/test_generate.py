@@ -272,7 +272,7 @@ BAD: list[tuple[str, dict[str, object], str, str]] = [
     ),
     (
         "bias size",
-        {"sampling": pb.Sampling(logit_bias={i: 1.0 for i in range(301)})},
+        {"sampling": pb.Sampling(logit_bias=dict.fromkeys(range(301), 1.0))},
         "sampling.logit_bias",
         "300",
     ),

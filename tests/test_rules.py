@@ -28,17 +28,14 @@ SCRIPTS = {
 
 WIRE_MODULES = {
     "control_plane/admin.py",
-    "control_plane/cli.py",
+    "control_plane/admin_client.py",
     "control_plane/client.py",
-    "control_plane/demo.py",
     "control_plane/engine_link.py",
     "control_plane/engine_wire.py",
     "control_plane/frontend.py",
-    "control_plane/local_stack.py",
     "control_plane/records.py",
     "control_plane/server.py",
     "control_plane/utf8.py",
-    "control_plane/views.py",
 }
 PURE_MODULES = {"blocks.py", "hashing.py", "plan.py", "request.py", "scheduler.py", "slots.py"}
 
@@ -136,9 +133,7 @@ def test_generated_code_is_that_of_the_protos(tmp_path: Path) -> None:
 def test_control_plane_runs_without_torch(tmp_path: Path) -> None:
     """In an environment that has every installed package but those of the data plane."""
     site = Path(sysconfig.get_paths()["purelib"])
-    absent = re.compile(
-        r"torch|triton|transformers|safetensors|huggingface|functorch|nvidia|.*\.pth$"
-    )
+    absent = re.compile(r"torch|triton|transformers|safetensors|functorch|nvidia|.*\.pth$")
     for entry in site.iterdir():
         if not absent.match(entry.name):
             (tmp_path / entry.name).symlink_to(entry)
@@ -146,7 +141,7 @@ def test_control_plane_runs_without_torch(tmp_path: Path) -> None:
         (tmp_path / package).symlink_to(ROOT / package)
     code = (
         "import sys, importlib.util as util\n"
-        "import control_plane.__main__, control_plane.cli, control_plane.server\n"
+        "import control_plane.__main__, control_plane.cli.commands, control_plane.server\n"
         "assert not util.find_spec('torch') and not util.find_spec('transformers')\n"
         "sys.argv = ['control_plane', '--help']\n"
         "control_plane.__main__.main()\n"

@@ -1,4 +1,4 @@
-"""The scheduler against an engine without a model: tokens, blocks, sharing, preemption, takeover."""
+"""The scheduler against an engine without a model: tokens, blocks, preemption, takeover."""
 
 from __future__ import annotations
 

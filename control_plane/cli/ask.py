@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from control_plane.cli.views import share
 from control_plane.client import CallError, Client, Options, Prompt
-from control_plane.views import share
 
 
 @dataclass(slots=True)

@@ -11,11 +11,11 @@ from rich.live import Live
 from rich.padding import Padding
 from rich.text import Text
 
-from control_plane import views
 from control_plane.admin_client import AdminClient
-from control_plane.ask import Answer, Answers
+from control_plane.cli import views
+from control_plane.cli.ask import Answer, Answers
+from control_plane.cli.local_stack import LocalStack
 from control_plane.client import Client
-from control_plane.local_stack import LocalStack
 
 MAX_ANSWER_TOKENS = 128
 

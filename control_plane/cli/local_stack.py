@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from control_plane.admin_client import is_serving
-from control_plane.child import Child, ChildState
+from control_plane.cli.child import Child, ChildState
 from control_plane.settings import Settings
 
 FREE_PORT = "127.0.0.1:0"

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from control_plane import admin_client, client, views
+from control_plane import admin_client, client
 from control_plane.admin_client import AdminClient, Row
-from control_plane.ask import ask
-from control_plane.client import CallError, Client
-from control_plane.demo import run_demo
-from control_plane.local_stack import (
+from control_plane.cli import views
+from control_plane.cli.ask import ask
+from control_plane.cli.demo import run_demo
+from control_plane.cli.local_stack import (
     FREE_PORT,
     LocalStack,
     StackError,
@@ -28,7 +28,8 @@ from control_plane.local_stack import (
     demo_model,
     is_free,
 )
-from control_plane.stack_view import print_failure, shown
+from control_plane.cli.stack_view import print_failure, shown
+from control_plane.client import CallError, Client
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 130

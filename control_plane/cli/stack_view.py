@@ -14,8 +14,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from control_plane.child import Child, ChildState
-from control_plane.local_stack import LocalStack, StackError
+from control_plane.cli.child import Child, ChildState
+from control_plane.cli.local_stack import LocalStack, StackError
 
 _REFRESH_SECONDS = 0.1
 _DOING_WIDTH = 60
