@@ -82,8 +82,8 @@ def request(prompt: list[int] | str, max_tokens: int = 16, **fields: object) -> 
 class Stack:
     """A running pair of planes."""
 
-    def __init__(self, engine: Engine, service: EngineService, replica: Replica) -> None:
-        self.engine, self.service, self.replica = engine, service, replica
+    def __init__(self, engine: Engine, worker: Worker, replica: Replica) -> None:
+        self.engine, self.worker, self.replica = engine, worker, replica
         self.address = f"127.0.0.1:{replica.ports[0]}"
         self.channel = wire.channel(self.address)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
@@ -112,22 +112,24 @@ class Stack:
                 await asyncio.sleep(0.005)
             while self.engine.state.resident_slots().size:
                 await asyncio.sleep(0.005)
-        self.check_conserved()
+        await self.check_conserved()
         assert self.loop.scheduler.pool.used_count == 0
 
-    def check_conserved(self) -> None:
+    async def check_conserved(self) -> None:
+        """Checks that no block is lost on either plane, the engine's between two steps."""
         pool = self.loop.scheduler.pool
         pool.check()
         assert pool.free_count + pool.cached_count + pool.used_count == pool.block_count
-        self.engine.state.check()
-        assert sum(self.engine.state.block_counts()) == pool.block_count
+        await self.worker.call(self.engine.state.check)
+        counts = await self.worker.call(self.engine.state.block_counts)
+        assert sum(counts) == pool.block_count
 
 
 @asynccontextmanager
 async def running_engine(
     engine: Engine, directory: Path | None, address: str = "127.0.0.1:0", **times: float
-) -> AsyncIterator[tuple[EngineService, int]]:
-    """Serves an engine; yields the service and its port."""
+) -> AsyncIterator[tuple[Worker, int]]:
+    """Serves an engine; yields its worker and its port."""
     worker = Worker(engine)
     worker.start()
     tokenizer = read_tokenizer(directory) if directory else None
@@ -139,7 +141,7 @@ async def running_engine(
     port = wire.listen(server, address, None)
     await server.start()
     try:
-        yield service, port
+        yield worker, port
     finally:
         await service.stop()
         await server.stop(0)
@@ -196,11 +198,11 @@ async def running_stack(
     )
     engine = Engine(model, sizes, check=True)
     async with (
-        running_engine(engine, directory, **(times or {})) as (service, port),
+        running_engine(engine, directory, **(times or {})) as (worker, port),
         running_replica([port], **settings) as replica,
     ):
         await led(replica)
-        stack = Stack(engine, service, replica)
+        stack = Stack(engine, worker, replica)
         try:
             yield stack
         finally:

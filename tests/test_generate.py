@@ -73,7 +73,7 @@ def test_four_samples_share_the_prompt_and_copy_on_write(llama: Model) -> None:
                     used = scheduler.pool.used_count
                     assert used == 2 + 4 * (math.ceil(written / 16) - 2)
                     seen.add(written)
-                stack.check_conserved()
+                await stack.check_conserved()
             assert len(seen) > 10
             assert stack.engine.counters.prefill_token_count == 33
             assert [len(answer.tokens[i]) for i in range(4)] == [60] * 4
@@ -197,7 +197,9 @@ def test_same_id_joins_and_a_different_request_is_refused(llama: Model) -> None:
             running = asyncio.create_task(stack.generate(message))
             other = sampled(PROMPT, seed=2, max_tokens=200, request_id="two")
             busy = asyncio.create_task(stack.generate(other))
-            await asyncio.sleep(0.05)
+            async with asyncio.timeout(5):
+                while stack.replica.generations.running("two") is None:
+                    await asyncio.sleep(0)
             error = await failure(stack.generate(sampled(PROMPT, seed=3, request_id="two")))
             assert error.code() is grpc.StatusCode.ALREADY_EXISTS
             assert (await running).ids == both[0].ids
@@ -371,7 +373,9 @@ def test_refusals_of_model_pool_and_queue(llama: Model) -> None:
             assert "token_ids" in str(text.details())
             long = sampled(PROMPT, seed=1, max_tokens=90)
             tasks = [asyncio.create_task(stack.generate(long)) for _ in range(2)]
-            await asyncio.sleep(0.05)
+            async with asyncio.timeout(5):
+                while stack.loop.scheduler.waiting_count < 1:
+                    await asyncio.sleep(0)
             error = await failure(stack.generate(long))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             (detail,) = wire.error_details(error)
