@@ -1,5 +1,6 @@
 """gRPC's cost: the same engine driven over the Lead stream and by function calls, by round trip.
 
+Each side has a process of its own, and they take turns, so that neither warms or crowds the other.
 The link passes through a proxy that holds every byte back for half the added round trip, each way.
 The engine's compute is the 46M-parameter shape; two steps in flight are to hide the wire.
 """
@@ -7,10 +8,13 @@ The engine's compute is the 46M-parameter shape; two steps in flight are to hide
 from __future__ import annotations
 
 import asyncio
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +45,7 @@ def scheduler(fingerprint: str, block_count: int) -> Scheduler:
 
 
 def in_process(model: Path) -> float:
-    """Tokens per second of the engine called in this process, in a thread like the real one."""
+    """Tokens per second of an engine that is called in this process."""
     from data_plane.__main__ import build_engine
     from data_plane.plan import decode_plan
     from data_plane.settings import Settings
@@ -98,9 +102,8 @@ async def delayed(port: int, seconds: float) -> AsyncIterator[int]:
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         to_engine, from_engine = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(
-            pump(reader, from_engine), pump(to_engine, writer), return_exceptions=True
-        )
+        with suppress(asyncio.CancelledError, ConnectionError):
+            await asyncio.gather(pump(reader, from_engine), pump(to_engine, writer))
 
     server = await asyncio.start_server(connect, "127.0.0.1", 0)
     try:
@@ -109,30 +112,43 @@ async def delayed(port: int, seconds: float) -> AsyncIterator[int]:
         server.close()
 
 
-async def measure(port: int) -> dict[float, float]:
-    rates = {0.0: await over_grpc(port)}
-    for milliseconds in (1.0, 5.0):
-        async with delayed(port, milliseconds / 2000) as proxy:
-            rates[milliseconds] = await over_grpc(proxy)
-    return rates
+async def through(port: int, milliseconds: float) -> float:
+    if not milliseconds:
+        return await over_grpc(port)
+    async with delayed(port, milliseconds / 2000) as proxy:
+        return await over_grpc(proxy)
 
 
-def main() -> None:
+def alone(model: Path) -> float:
+    command = [sys.executable, "-m", "benchmarks.link", str(model)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(output.split()[-1])
+
+
+def main(rounds: int = 3) -> None:
+    delays = (0.0, 1.0, 5.0)
+    ratios: dict[float, list[float]] = {delay: [] for delay in delays}
     with tempfile.TemporaryDirectory() as folder:
         model = save_model(Path(folder))
-        alone = in_process(model)
-        port = free_port()
-        with process("data_plane", port, *engine_flags(model, THREADS)):
-            rates = asyncio.run(measure(port))
-    for milliseconds, rate in rates.items():
+        for _ in range(rounds):
+            base = alone(model)
+            port = free_port()
+            with process("data_plane", port, *engine_flags(model, THREADS)):
+                for delay in delays:
+                    ratios[delay].append(asyncio.run(through(port, delay)) / base)
+    for delay in delays:
         report(
             "grpc_over_in_process",
             depth=DEPTH,
-            added_round_trip_ms=milliseconds,
-            ratio=rate / alone,
+            added_round_trip_ms=delay,
+            ratio=statistics.median(ratios[delay]),
+            spread=[round(min(ratios[delay]), 3), round(max(ratios[delay]), 3)],
             aim=0.95,
         )
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        print(in_process(Path(sys.argv[1])))
+    else:
+        main()
