@@ -45,6 +45,11 @@ class EngineFacts:
     eos_token_ids: tuple[int, ...]
     tokenizer_digest: str
 
+    @property
+    def kind(self) -> tuple[str, int, int, str]:
+        """What engines must have in common for one tokenised and hashed request to fit them all."""
+        return self.fingerprint, self.block_size, self.max_length, self.tokenizer_digest
+
 
 class EngineLink:
     """One engine's address. Channels reconnect by themselves; calls raise LinkLost."""
@@ -119,7 +124,6 @@ class Leadership:
 
     Attributes:
         snapshot: what was resident when it was granted.
-        plan_bytes: size of the last plan sent, for metrics.
     """
 
     def __init__(

@@ -113,6 +113,7 @@ def _int_column(data: bytes) -> Int32Array:
 
 
 def decode_result(message: engine_pb2.StepResult) -> StepResult:
+    times = message.timings
     prompt: dict[int, list[tuple[int, Logprob]]] = {}
     for slot, position, logprob in _logprobs(message.prompt_logprobs):
         prompt.setdefault(slot, []).append((position, logprob))
@@ -122,6 +123,7 @@ def decode_result(message: engine_pb2.StepResult) -> StepResult:
         logprobs={slot: logprob for slot, _, logprob in _logprobs(message.logprobs)},
         prompt_logprobs=prompt,
         faults={fault.slot: fault.reason for fault in message.faults},
+        timings_us=(times.queue_us, times.moves_us, times.forward_us, times.sample_us),
     )
 
 

@@ -16,11 +16,10 @@ from google.protobuf.message import DecodeError
 from control_plane import records
 from control_plane.engine_link import EngineFacts
 from control_plane.generation import Delta, Ending, Generation, Generations
-from control_plane.leader import EngineLeader
 from control_plane.metrics import Metrics
 from control_plane.plan import Logprob
 from control_plane.request import FinishReason, Request
-from control_plane.router import NoEngine, Router, UnknownModel
+from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
 from control_plane.scheduler import NeverFits, QueueFull
 from control_plane.step_loop import StepLoop
 from control_plane.tokenizer import PromptError, PromptTokenizer
@@ -105,7 +104,7 @@ class Frontend:
             if generation is None:
                 sentence = "no such generation is waiting or running here"
                 raise wire.failed(grpc.StatusCode.NOT_FOUND, "NO_GENERATION", sentence)
-            self._cancel(generation)
+            self._router.cancel(generation)
         except wire.RpcError as error:
             await wire.abort(context, error)
         return pb.CancelResponse()
@@ -117,7 +116,7 @@ class Frontend:
             raise wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", "this replica is draining")
         try:
             candidates = self._router.candidates(message.model)
-            facts, tokenizer = _facts(candidates[0]), candidates[0].tokenizer
+            facts, tokenizer = candidates[0].facts, candidates[0].tokenizer
             limits = validation.ModelLimits(facts.vocabulary_size, facts.max_length)
             validation.check_request(message, limits)
             digest = records.request_digest(message)
@@ -129,13 +128,15 @@ class Frontend:
             loop = await self._router.choose(request, candidates)
         except UnknownModel as error:
             raise wire.failed(grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL", str(error)) from error
+        except AmbiguousModel as error:
+            raise wire.bad_field("model", str(error)) from error
         except NoEngine as error:
             raise wire.failed(grpc.StatusCode.UNAVAILABLE, "NO_ENGINE", str(error)) from error
         # Another call with the same id may have come while this one waited.
         if (existing := self._existing(request.request_id, digest)) is not None:
             return existing
         stop_strings = tuple(message.stopping.stop_strings)
-        generation = Generation(request, digest, tokenizer, stop_strings, facts.fingerprint)
+        generation = Generation(request, digest, tokenizer, stop_strings, facts.kind)
         self._submit(loop, generation)
         return generation
 
@@ -208,15 +209,7 @@ class Frontend:
         finally:
             # A stream that ends early has lost its client: without any, nobody wants the rest.
             if not generation.finished and generation.subscriber_count == 0:
-                self._cancel(generation)
-
-    def _cancel(self, generation: Generation) -> None:
-        for leader in self._router.leaders:
-            if leader.owns(generation):
-                leader.cancel(generation)
-                return
-        generation.end_all(FinishReason.CANCELLED)
-        self._generations.drop(generation)
+                self._router.cancel(generation)
 
 
 def add_to_server(frontend: Frontend, server: grpc.aio.Server) -> None:
@@ -234,12 +227,6 @@ def add_to_server(frontend: Frontend, server: grpc.aio.Server) -> None:
         ),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-
-
-def _facts(leader: EngineLeader) -> EngineFacts:
-    if leader.facts is None:
-        raise NoEngine("no engine is attached")
-    return leader.facts
 
 
 def _accepted(generation: Generation) -> pb.Accepted:

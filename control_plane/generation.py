@@ -7,7 +7,7 @@ for a client: a slow one finds several tokens at once when it comes back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from control_plane.plan import Logprob
@@ -57,7 +57,7 @@ class Generation:
 
     Args:
         digest: of the client's request; a second call with the same id must have the same.
-        fingerprint: of the model; only engines with the same can go on with it.
+        kind: of engine that it was made for; only others of the same can go on with it.
 
     Attributes:
         group: its sequences; replaced when the request moves to another scheduler.
@@ -69,9 +69,9 @@ class Generation:
         digest: bytes,
         tokenizer: PromptTokenizer | None,
         stop_strings: tuple[str, ...],
-        fingerprint: str,
+        kind: Hashable,
     ) -> None:
-        self.request, self.digest, self.fingerprint = request, digest, fingerprint
+        self.request, self.digest, self.kind = request, digest, kind
         self.samples = [
             Sample(SampleText(tokenizer, stop_strings)) for _ in range(request.sample_count)
         ]

@@ -10,13 +10,12 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Callable
+from typing import Protocol
 
 from control_plane.engine_link import EngineFacts, EngineLink, LinkLost, Refused
 from control_plane.generation import Generation, Generations
-from control_plane.prefix_index import EngineLife, PrefixIndex
+from control_plane.prefix_index import PrefixIndex
 from control_plane.prefix_stats import PrefixStats
-from control_plane.request import FinishReason
 from control_plane.scheduler import Scheduler
 from control_plane.step_loop import LeaderSettings, StepLoop
 from control_plane.tokenizer import PromptTokenizer
@@ -33,12 +32,18 @@ class LeaderState(enum.Enum):
     FOLLOWED = "followed"
 
 
+class Engines(Protocol):
+    """The other engines, from here: the router."""
+
+    def rehome(self, stranded: list[Generation]) -> list[Generation]:
+        """Takes generations whose engine does not come back; returns those that fit nowhere."""
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a generation wherever it runs."""
+
+
 class EngineLeader:
     """One engine as this replica sees it.
-
-    Args:
-        rehome: called with generations whose engine does not come back; takes those that it can
-            run elsewhere and returns the others.
 
     Attributes:
         loop: the step loop of the present leadership.
@@ -51,7 +56,7 @@ class EngineLeader:
         generations: Generations,
         index: PrefixIndex,
         settings: LeaderSettings,
-        rehome: Callable[[list[Generation]], list[Generation]] = lambda stranded: stranded,
+        engines: Engines,
     ) -> None:
         self.link = link
         self.state = LeaderState.CONNECTING
@@ -62,7 +67,7 @@ class EngineLeader:
         self.epoch = 0
         self.leader_address = ""
         self._generations, self._index = generations, index
-        self._settings, self._rehome = settings, rehome
+        self._settings, self._engines = settings, engines
         self._stranded: list[Generation] = []
         self._faulted = False
 
@@ -70,18 +75,12 @@ class EngineLeader:
     def scheduler(self) -> Scheduler | None:
         return self.loop.scheduler if self.loop else None
 
-    def cancel(self, generation: Generation) -> None:
-        """Ends a generation at once; its blocks are free with the next plan."""
+    def release(self, generation: Generation) -> None:
+        """Takes a generation off the engine, if it is there."""
         if self.loop is not None:
-            self.loop.cancel(generation)
+            self.loop.release(generation)
         if generation in self._stranded:
             self._stranded.remove(generation)
-        generation.end_all(FinishReason.CANCELLED)
-        self._generations.drop(generation)
-
-    def owns(self, generation: Generation) -> bool:
-        running = self.loop is not None and self.loop.owns(generation)
-        return running or generation in self._stranded
 
     async def run(self) -> None:
         """Leads the engine whenever it lets this replica; until cancelled."""
@@ -102,13 +101,13 @@ class EngineLeader:
                 log.exception("the step loop of %s failed", self.link.address)
                 self.state, self._faulted = LeaderState.CONNECTING, True
             if self._stranded and time.monotonic() - lost_at > REHOME_SECONDS:
-                self._stranded = self._rehome(self._stranded)
+                self._stranded = self._engines.rehome(self._stranded)
             await asyncio.sleep(self._settings.retry_seconds)
 
     async def _lead(self) -> None:
         facts = await self.link.describe()
         if self.facts is None or facts.tokenizer_digest != self.facts.tokenizer_digest:
-            self.tokenizer = await self.link.tokenizer() if facts.tokenizer_digest else None
+            self.tokenizer = await self._fetch_tokenizer(facts)
         former, self.facts = self.facts, facts
         leadership = await self.link.lead(self._settings.own_address)
         loop = StepLoop(
@@ -118,20 +117,37 @@ class EngineLeader:
             self._generations,
             self._index,
             self.prefix_stats,
+            self._engines.cancel,
         )
-        life = EngineLife(facts.engine_id, facts.incarnation)
+        stranded, self._stranded = self._stranded, []
+        restarted = former is not None and former.incarnation != facts.incarnation
+        restarted, self._faulted = restarted or self._faulted, False
         try:
-            restarted = former is not None and former.incarnation != facts.incarnation
-            restarted, self._faulted = restarted or self._faulted, False
-            stranded, self._stranded = self._stranded, []
             loop.take_over(leadership.snapshot, stranded, restarted)
-            self._index.track(facts.fingerprint, life, lambda _: loop.scheduler.pool.held_hashes())
+            held = loop.scheduler.pool.held_hashes
+            self._index.track(facts.fingerprint, loop.life, lambda _: held())
             self.loop, self.epoch = loop, leadership.epoch
             self.state, self.leader_address = LeaderState.LED, self._settings.own_address
             log.info("leads %s, epoch %d", facts.engine_id, leadership.epoch)
             await loop.drive(leadership)
         finally:
             leadership.close()
-            self._index.forget(life)
-            self._stranded += loop.unfinished()
+            self._index.forget(loop.life)
             self.loop = None
+            left = dict.fromkeys([*loop.close(), *stranded])
+            self._stranded += [each for each in left if self._is_ours(each)]
+
+    def _is_ours(self, generation: Generation) -> bool:
+        """Whether a generation still waits for this engine, and not for another by now."""
+        running = self._generations.running(generation.request.request_id) is generation
+        here = self.facts is not None and generation.engine_id == self.facts.engine_id
+        return running and here and not generation.finished
+
+    async def _fetch_tokenizer(self, facts: EngineFacts) -> PromptTokenizer | None:
+        if not facts.tokenizer_digest:
+            return None
+        try:
+            return await self.link.tokenizer()
+        except ValueError as error:
+            log.error("%s takes token ids only, its tokenizer is unusable: %s", facts.model, error)
+            return None

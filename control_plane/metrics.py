@@ -50,11 +50,18 @@ class _StateCollector(Collector):
             "quire_prefix_hit_tokens", "Prompt tokens found in the prefix cache.", labels=["engine"]
         )
         preempted = CounterMetricFamily("quire_preemptions", "Groups preempted.", labels=["engine"])
+        steps = CounterMetricFamily("quire_steps", "Steps done.", labels=["engine"])
+        phases = CounterMetricFamily(
+            "quire_step_seconds", "Engine time of steps, by phase.", labels=["engine", "phase"]
+        )
         for leader in self._router.leaders:
-            scheduler, facts = leader.scheduler, leader.facts
-            if scheduler is None or facts is None:
+            if leader.loop is None:
                 continue
-            name, pool = facts.engine_id, scheduler.pool
+            scheduler, timings = leader.loop.scheduler, leader.loop.timings
+            name, pool = leader.loop.facts.engine_id, scheduler.pool
+            steps.add_metric([name], timings.steps)
+            for phase in ("queue", "moves", "forward", "sample"):
+                phases.add_metric([name, phase], getattr(timings, f"{phase}_us") / 1e6)
             blocks.add_metric([name, "free"], pool.free_count)
             blocks.add_metric([name, "cached"], pool.cached_count)
             blocks.add_metric([name, "used"], pool.used_count)
@@ -63,7 +70,7 @@ class _StateCollector(Collector):
             prompt.add_metric([name], scheduler.totals.prompt_tokens)
             cached.add_metric([name], scheduler.totals.cached_tokens)
             preempted.add_metric([name], scheduler.totals.preemptions)
-        yield from (blocks, sequences, prompt, cached, preempted)
+        yield from (blocks, sequences, prompt, cached, preempted, steps, phases)
 
     def _index_state(self) -> Iterator[Metric]:
         index = self._index

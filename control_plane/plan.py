@@ -81,6 +81,7 @@ class StepResult:
     """What a step brought: ids in the plan's sampling order, -1 where a slot faulted.
 
     `logprobs` and `prompt_logprobs` are by slot; prompt ones are (position, logprob) pairs.
+    `timings_us`: what the engine spent on queue, moves, forward and sampling.
     """
 
     step: int
@@ -88,6 +89,7 @@ class StepResult:
     logprobs: dict[int, Logprob] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[tuple[int, Logprob]]] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)
+    timings_us: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ Number = TypeVar("Number", int, float)
 
 
 def request_digest(message: pb.GenerateRequest) -> bytes:
-    """What two calls with one request id must agree on: all but the received counts."""
+    """What two calls with one request id must agree on: all but the id and the received counts."""
     bare = pb.GenerateRequest()
     bare.CopyFrom(message)
     bare.ClearField("received_token_counts")
+    bare.ClearField("request_id")
     return hashlib.sha256(bare.SerializeToString(deterministic=True)).digest()
 
 

@@ -118,6 +118,10 @@ class Scheduler:
 
     def check_fits(self, request: Request) -> None:
         """Raises NeverFits unless the request could run if it were alone on the engine."""
+        if request.length_limit > self.limits.max_length:
+            raise NeverFits(
+                f"comes to {request.length_limit} tokens; the engine takes {self.limits.max_length}"
+            )
         blocks = request.blocks_at_worst(self.limits.block_size)
         if blocks > self.limits.block_count:
             raise NeverFits(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from contextlib import suppress
 
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import start_http_server
@@ -23,22 +24,22 @@ from protos.admin.v1 import admin_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+# For streams to hand over what they have when their generation is done.
+_LAST_MESSAGES_SECONDS = 1.0
+
 
 class Replica:
     """One control-plane process: servers, router, and a leader for each engine."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._tls = None
-        if settings.tls_certificate and settings.tls_key:
-            self._tls = wire.Tls(settings.tls_certificate, settings.tls_key, settings.tls_ca)
         self.index = PrefixIndex(
             settings.redis_url,
             namespace=settings.index_namespace,
             lookup_timeout_seconds=settings.index_timeout_ms / 1000,
         )
         self.generations = Generations()
-        self.router = Router([], self.index)
+        self.router = Router(self.index)
         self.router.leaders += [self._leader(address) for address in _addresses(settings.engines)]
         self.metrics = Metrics()
         self.frontend = frontend.Frontend(self.router, self.generations, self.metrics)
@@ -49,7 +50,7 @@ class Replica:
     def _leader(self, address: str) -> EngineLeader:
         settings = self.settings
         return EngineLeader(
-            EngineLink(address, self._tls),
+            EngineLink(address, self.settings.tls),
             self.generations,
             self.index,
             LeaderSettings(
@@ -60,7 +61,7 @@ class Replica:
                 orphan_grace_seconds=settings.orphan_grace_seconds,
                 check_invariants=settings.check_invariants,
             ),
-            self.router.rehome,
+            self.router,
         )
 
     async def start(self) -> None:
@@ -74,10 +75,11 @@ class Replica:
             wire.add_reflection(operators, [admin.SERVICE])
         addresses = (self.settings.listen, self.settings.admin_listen)
         for server, address in zip(self._servers, addresses, strict=True):
-            self.ports.append(wire.listen(server, address, self._tls))
+            self.ports.append(wire.listen(server, address, self.settings.tls))
             await server.start()
         if self.settings.metrics_port:
-            start_http_server(self.settings.metrics_port, registry=self.metrics.registry)
+            host = self.settings.listen.rpartition(":")[0].strip("[]")
+            start_http_server(self.settings.metrics_port, host, self.metrics.registry)
         self.metrics.observe(self.router, self.index)
         await self.index.start()
         self._tasks = [asyncio.create_task(leader.run()) for leader in self.router.leaders]
@@ -101,7 +103,12 @@ class Replica:
     async def stop(self) -> None:
         """Refuses new calls, lets running ones end for the drain time, then lets go of engines."""
         self.frontend.draining = True
-        await self._servers[0].stop(self.settings.drain_seconds)
+        # The port stays open meanwhile, so that probes and callers hear that this replica drains.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.drain_seconds):
+                while self.generations.all_running():  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+        await self._servers[0].stop(_LAST_MESSAGES_SECONDS if self.settings.drain_seconds else 0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

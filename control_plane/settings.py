@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
+
+from protos import wire
+from protos.settings_file import settings_file
 
 
 class Settings(BaseSettings):
@@ -25,7 +26,7 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
-        extra="ignore",
+        extra="forbid",
     )
 
     config: Path | None = Field(None, description="YAML file with any of these settings")
@@ -34,7 +35,9 @@ class Settings(BaseSettings):
     )
     listen: str = Field("127.0.0.1:7401", description="host:port of the inference API")
     admin_listen: str = Field("127.0.0.1:7402", description="host:port of the admin API")
-    metrics_port: int = Field(0, ge=0, le=65535, description="port of /metrics; 0: none")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="port of /metrics, on the host of listen; 0: none"
+    )
     advertise: str = Field("", description="host:port told to other replicas; empty: listen")
     redis_url: str = Field(
         "redis://127.0.0.1:6379", description="of the prefix index; serving goes on without it"
@@ -55,6 +58,15 @@ class Settings(BaseSettings):
     check_invariants: bool = Field(False, description="verify block conservation after every step")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
 
+    @property
+    def tls(self) -> wire.Tls | None:
+        return wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -64,16 +76,5 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        path = config_path(sys.argv[1:])
-        return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls, path))
-
-
-def config_path(arguments: list[str]) -> Path | None:
-    """Finds the YAML file before the settings are parsed, since it is one of their sources."""
-    for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
-        if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config="))
-    value = os.environ.get("QUIRE_CONFIG")
-    return Path(value) if value else None
+        file = YamlConfigSettingsSource(settings_cls, settings_file())
+        return (init_settings, env_settings, file)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from control_plane import records
@@ -19,7 +20,7 @@ from control_plane.plan import Logprob, Outcome, Plan, ResidentRow, Snapshot, St
 from control_plane.prefix_index import EngineLife, PrefixIndex
 from control_plane.prefix_stats import PrefixStats
 from control_plane.request import FinishReason, Sequence, SequenceGroup, ended_at
-from control_plane.scheduler import Scheduler, SchedulerLimits
+from control_plane.scheduler import NeverFits, Scheduler, SchedulerLimits
 from control_plane.tokenizer import PromptTokenizer
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,33 @@ class LeaderSettings:
     check_invariants: bool = False
 
 
+@dataclass(slots=True)
+class StepTimings:
+    """Where the engine's time went, in microseconds since this leadership began."""
+
+    steps: int = 0
+    queue_us: int = 0
+    moves_us: int = 0
+    forward_us: int = 0
+    sample_us: int = 0
+
+    def add(self, step: tuple[int, int, int, int]) -> None:
+        self.steps += 1
+        self.queue_us += step[0]
+        self.moves_us += step[1]
+        self.forward_us += step[2]
+        self.sample_us += step[3]
+
+
 class StepLoop:
     """Runs one engine's steps for as long as its Lead stream lasts.
 
+    Args:
+        abandon: ends a generation that no client came back for, wherever it runs by then.
+
     Attributes:
         step: of the last plan sent.
+        alive: it takes work; false once the stream is gone.
     """
 
     def __init__(
@@ -56,8 +79,11 @@ class StepLoop:
         generations: Generations,
         index: PrefixIndex,
         stats: PrefixStats,
+        abandon: Callable[[Generation], None],
     ) -> None:
-        self.facts, self.step = facts, 0
+        self.facts, self.tokenizer = facts, tokenizer
+        self.step, self.alive = 0, True
+        self.timings = StepTimings()
         self.life = EngineLife(facts.engine_id, facts.incarnation)
         self.scheduler = Scheduler(
             SchedulerLimits(
@@ -71,7 +97,7 @@ class StepLoop:
                 waiting_requests=settings.waiting_requests,
             )
         )
-        self._tokenizer, self._settings = tokenizer, settings
+        self._settings, self._abandon = settings, abandon
         self._generations, self._index, self._stats = generations, index, stats
         self._owners: dict[SequenceGroup, Generation] = {}
         self._wake = asyncio.Event()
@@ -86,23 +112,33 @@ class StepLoop:
         """
         self._own(generation, self.scheduler.submit(generation.request))
 
-    def resubmit(self, generation: Generation) -> None:
+    def resume(self, generation: Generation) -> None:
         """Queues a generation that ran before; it goes on after the tokens it has."""
         group = _group_so_far(generation)
         self.scheduler.resubmit(group)
         self._own(generation, group)
 
-    def cancel(self, generation: Generation) -> None:
-        """Ends a generation at once; its blocks are free with the next plan."""
-        if generation.group is not None and self.owns(generation):
+    def can_take(self, generation: Generation) -> bool:
+        """Whether a generation that was made for another engine can go on here."""
+        if self.facts.kind != generation.kind:
+            return False
+        try:
+            self.scheduler.check_fits(generation.request)
+        except NeverFits:
+            return False
+        return True
+
+    def release(self, generation: Generation) -> None:
+        """Takes a generation off the engine, if it is here; blocks are free with the next plan."""
+        if generation.group is not None and generation.group in self._owners:
             self.scheduler.cancel(generation.group)
             del self._owners[generation.group]
+            self._generations.drop(generation)
             self._wake.set()
 
-    def owns(self, generation: Generation) -> bool:
-        return generation.group in self._owners
-
-    def unfinished(self) -> list[Generation]:
+    def close(self) -> list[Generation]:
+        """Takes no more work; returns what was not finished."""
+        self.alive = False
         return [generation for generation in self._owners.values() if not generation.finished]
 
     def _own(self, generation: Generation, group: SequenceGroup) -> None:
@@ -158,11 +194,11 @@ class StepLoop:
             # gets the request generated again, which gives the same tokens.
             return None
         strings = records.stop_strings(request)
-        generation = Generation(request, digest, self._tokenizer, strings, facts.fingerprint)
+        generation = Generation(request, digest, self.tokenizer, strings, facts.kind)
         self._generations.add(generation)
         generation.accept(facts.engine_id, records.cached_tokens(row.record))
         asyncio.get_running_loop().call_later(
-            self._settings.orphan_grace_seconds, self._cancel_orphan, generation
+            self._settings.orphan_grace_seconds, self._end_orphan, generation
         )
         return generation
 
@@ -182,17 +218,21 @@ class StepLoop:
         if restarted and generation.accepted:
             generation.engine_deaths += 1
         if generation.engine_deaths >= MAX_ENGINE_DEATHS:
-            generation.end_all(FinishReason.ERROR, "its engine died twice under it")
-            self._generations.finish(generation)
-            return
-        self.resubmit(generation)
+            self._fail(generation, "its engine died twice under it")
+        elif not self.can_take(generation):
+            self._fail(generation, "its engine came back with another model or other sizes")
+        else:
+            self.resume(generation)
 
-    def _cancel_orphan(self, generation: Generation) -> None:
-        if not generation.finished and generation.subscriber_count == 0 and self.owns(generation):
+    def _fail(self, generation: Generation, sentence: str) -> None:
+        generation.end_all(FinishReason.ERROR, sentence)
+        self._generations.finish(generation)
+
+    def _end_orphan(self, generation: Generation) -> None:
+        running = self._generations.running(generation.request.request_id) is generation
+        if running and not generation.finished and generation.subscriber_count == 0:
             log.info("nobody came back for %s", generation.request.request_id)
-            self.cancel(generation)
-            generation.end_all(FinishReason.CANCELLED)
-            self._generations.drop(generation)
+            self._abandon(generation)
 
     # The loop.
 
@@ -232,6 +272,7 @@ class StepLoop:
             await leadership.heartbeat()
 
     def _apply(self, result: StepResult) -> Outcome:
+        self.timings.add(result.timings_us)
         try:
             return self.scheduler.apply(result)
         except ValueError as error:

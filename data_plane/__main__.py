@@ -98,9 +98,6 @@ def build_engine(settings: Settings) -> Engine:
 
 async def serve(settings: Settings, engine: Engine) -> int:
     """Serves until SIGTERM or SIGINT, or until the worker fails; returns the exit status."""
-    tls = None
-    if settings.tls_certificate and settings.tls_key:
-        tls = wire.Tls(settings.tls_certificate, settings.tls_key, settings.tls_ca)
     worker = Worker(engine)
     worker.start()
     server = wire.server()
@@ -115,7 +112,7 @@ async def serve(settings: Settings, engine: Engine) -> int:
     health = wire.add_health(server)
     if settings.reflection:
         wire.add_reflection(server, [_SERVICE])
-    port = wire.listen(server, settings.listen, tls)
+    port = wire.listen(server, settings.listen, settings.tls)
     await server.start()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

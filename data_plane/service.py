@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import socket
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -45,7 +46,7 @@ class _Leadership:
     address: str
     epoch: int
     next_step: int = 1
-    results: asyncio.Queue[asyncio.Task[engine_pb2.StepResult] | None] = field(
+    results: asyncio.Queue[asyncio.Task[engine_pb2.StepResult]] = field(
         default_factory=asyncio.Queue
     )
 
@@ -137,6 +138,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 return
             await self._lead(claim.claim, requests, context)
         except wire.RpcError as error:
+            if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._engine.counters.refused_plan_count += 1
             await wire.abort(context, error)
 
     async def _lead(
@@ -186,17 +189,15 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             plan = request.plan
             if plan.epoch != leader.epoch:
                 text = f"the plan's epoch {plan.epoch} is not the present one, {leader.epoch}"
-                self._engine.counters.refused_plan_count += 1
                 raise _refusal(PlanError("STALE_EPOCH", text))
             if plan.step != leader.next_step:
                 text = f"step {plan.step} came where {leader.next_step} is next"
                 raise _refusal(PlanError("OUT_OF_ORDER", text))
-            if leader.results.qsize() > MAX_PLANS_IN_FLIGHT:
+            if leader.results.qsize() >= MAX_PLANS_IN_FLIGHT:
                 raise _refusal(PlanError("OUT_OF_ORDER", "too many plans in flight"))
             leader.next_step += 1
             leader.results.put_nowait(asyncio.create_task(self._worker.execute(plan)))
             await asyncio.sleep(0)  # Lets the task queue its job before the next plan is read.
-        leader.results.put_nowait(None)
 
     async def _next(
         self, requests: AsyncIterator[engine_pb2.LeadRequest]
@@ -217,9 +218,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             return
         self._leader = None
         while not leader.results.empty():
-            task = leader.results.get_nowait()
-            if task is not None:
-                task.cancel()
+            leader.results.get_nowait().cancel()
         log.info("leader gone: epoch %d", leader.epoch)
         self._eviction = asyncio.create_task(self._evict_later())
 
@@ -237,7 +236,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
 
 
 async def _write_results(leader: _Leadership, context: wire.Context) -> None:
-    while (task := await leader.results.get()) is not None:
+    while True:
+        task = await leader.results.get()
         try:
             result = await task
         except PlanError as error:
@@ -255,5 +255,6 @@ def _refusal(error: PlanError) -> wire.RpcError:
 
 
 def stable_engine_id(address: str) -> str:
-    """A name for an engine that was given none: the same after every restart at one address."""
-    return "engine-" + hashlib.sha256(address.encode()).hexdigest()[:8]
+    """A name for an engine that was given none: the same after every restart in one place."""
+    place = f"{socket.gethostname()} {address}"
+    return "engine-" + hashlib.sha256(place.encode()).hexdigest()[:8]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -16,6 +14,8 @@ from pydantic_settings import (
 )
 
 from data_plane import demo_model
+from protos import wire
+from protos.settings_file import settings_file
 
 
 class Settings(BaseSettings):
@@ -27,7 +27,7 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
-        extra="ignore",
+        extra="forbid",
     )
 
     config: Path | None = Field(None, description="YAML file with any of these settings")
@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="torch device; auto: cuda if there is one, else cpu")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: torch's choice")
     listen: str = Field("127.0.0.1:7411", description="host:port of the engine API")
-    engine_id: str = Field("", description="stable name; empty: derived from the address")
+    engine_id: str = Field("", description="stable name; empty: derived from host name and address")
     block_size: int = Field(16, ge=1, le=256, description="tokens per block")
     kv_memory_mib: int = Field(512, ge=1, description="MiB of device memory for the block pool")
     blocks: int = Field(
@@ -70,6 +70,15 @@ class Settings(BaseSettings):
     check_invariants: bool = Field(False, description="verify block conservation after every step")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
 
+    @property
+    def tls(self) -> wire.Tls | None:
+        return wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -79,16 +88,5 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        path = config_path(sys.argv[1:])
-        return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls, path))
-
-
-def config_path(arguments: list[str]) -> Path | None:
-    """Finds the YAML file before the settings are parsed, since it is one of their sources."""
-    for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
-        if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config="))
-    value = os.environ.get("QUIRE_CONFIG")
-    return Path(value) if value else None
+        file = YamlConfigSettingsSource(settings_cls, settings_file())
+        return (init_settings, env_settings, file)

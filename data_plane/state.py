@@ -157,6 +157,7 @@ class ResidentState:
             self.table_length[slot] = kept
             self.token_count[slot] = count
             self.computed[slot] = min(self.computed[slot], count - 1)
+            self.cached[slot] = min(self.cached[slot], count // self.block_size * self.block_size)
 
     def _admit(self, rows: Admissions) -> None:
         slots = rows.slots

@@ -52,6 +52,19 @@ class Tls:
     ca: Path | None = None
 
 
+def tls(certificate: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
+    """Returns what three settings mean, None if none is set.
+
+    Raises:
+        ValueError: only some of those that belong together are set.
+    """
+    if certificate is None and key is None and ca is None:
+        return None
+    if certificate is None or key is None:
+        raise ValueError("tls-certificate and tls-key must be set together, and tls-ca with both")
+    return Tls(certificate, key, ca)
+
+
 def server(max_concurrent_rpcs: int | None = None) -> grpc.aio.Server:
     """Makes a server with the common options."""
     return grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_concurrent_rpcs)

@@ -26,7 +26,9 @@ def ints(*values: int) -> bytes:
     return np.array(values, "<i4").tobytes()
 
 
-def admission(slot: int = 0, tokens: int = 20, blocks: tuple[int, ...] = (3, 5)) -> pb.Admissions:
+def admission(
+    slot: int = 0, tokens: int = 20, blocks: tuple[int, ...] = (3, 5), cached: int = 0
+) -> pb.Admissions:
     return pb.Admissions(
         slots=ints(slot),
         requests=[b"record"],
@@ -35,7 +37,7 @@ def admission(slot: int = 0, tokens: int = 20, blocks: tuple[int, ...] = (3, 5))
         token_ids=ints(*range(30, 30 + tokens)),
         block_counts=ints(len(blocks)),
         block_ids=ints(*blocks),
-        cached_token_counts=ints(0),
+        cached_token_counts=ints(cached),
     )
 
 
@@ -180,6 +182,25 @@ BAD_PLANS = {
     "hash of no block": (
         _changed(hashed_blocks=ints(99), block_hashes=bytes(16)),
         "INVALID",
+    ),
+    "block both cached and new": (
+        _changed(admissions=admission(1, 20, (3, 3), cached=16)),
+        "INVALID",
+    ),
+    "cached block of nothing": (
+        _changed(admissions=admission(1, 20, (9, 10), cached=16)),
+        "DRIFT",
+    ),
+    "join of a swapped slot": (
+        _changed(
+            swap_out_slots=ints(0), swap_out_blocks=ints(3, 5), swap_out_targets=ints(0, 1),
+            decode_joins=ints(0),
+        ),
+        "DRIFT",
+    ),
+    "truncated to more": (
+        _changed(truncated_slots=ints(0), truncated_token_counts=ints(22)),
+        "DRIFT",
     ),
     "step out of order": (pb.StepPlan(epoch=1, step=3), "OUT_OF_ORDER"),
     "host block out of range": (

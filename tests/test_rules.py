@@ -35,6 +35,7 @@ WIRE_MODULES = {
     "control_plane/frontend.py",
     "control_plane/records.py",
     "control_plane/server.py",
+    "control_plane/settings.py",
     "control_plane/utf8.py",
 }
 PURE_MODULES = {"blocks.py", "hashing.py", "plan.py", "request.py", "scheduler.py", "slots.py"}
