@@ -18,7 +18,8 @@ def main() -> int:
         settings = CliApp.run(Settings)
     except ValidationError as error:
         first = error.errors()[0]
-        print(f"setting {first['loc'][0]}: {first['msg']}", file=sys.stderr)
+        name = ".".join(str(part) for part in first["loc"]) or "tls"
+        print(f"setting {name}: {first['msg']}", file=sys.stderr)
         return 2
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"

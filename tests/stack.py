@@ -127,18 +127,23 @@ class Stack:
 
 @asynccontextmanager
 async def running_engine(
-    engine: Engine, directory: Path | None, address: str = "127.0.0.1:0", **times: float
+    engine: Engine,
+    directory: Path | None,
+    address: str = "127.0.0.1:0",
+    tls: wire.Tls | None = None,
+    engine_id: str = "engine-test",
+    **times: float,
 ) -> AsyncIterator[tuple[Worker, int]]:
     """Serves an engine; yields its worker and its port."""
     worker = Worker(engine)
     worker.start()
     tokenizer = read_tokenizer(directory) if directory else None
     service = EngineService(
-        engine, worker, tokenizer, engine_id="engine-test", times=ServiceTimes(**times)
+        engine, worker, tokenizer, engine_id=engine_id, times=ServiceTimes(**times)
     )
     server = wire.server()
     engine_pb2_grpc.add_EngineServiceServicer_to_server(service, server)
-    port = wire.listen(server, address, None)
+    port = wire.listen(server, address, tls)
     await server.start()
     try:
         yield worker, port

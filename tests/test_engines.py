@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import grpc
 import pytest
 
 from data_plane.engine import Engine, EngineSizes
-from data_plane.model import Model
+from data_plane.model import Model, load_model
 from protos import wire
 from protos.admin.v1 import admin_pb2
 from protos.inference.v1 import inference_pb2 as pb
@@ -117,13 +118,11 @@ def test_the_engine_that_holds_the_prefix_is_chosen(llama: Model) -> None:
         async with AsyncExitStack() as stack:
             for port in ports:
                 engine = Engine(llama, SIZES, check=True)
-                await stack.enter_async_context(running_engine(engine, None, f"127.0.0.1:{port}"))
+                await stack.enter_async_context(
+                    running_engine(engine, None, f"127.0.0.1:{port}", engine_id=f"e{port}")
+                )
             replica = await stack.enter_async_context(running_replica(ports))
             await led(replica)
-            for index, leader in enumerate(replica.router.leaders):
-                assert leader.loop is not None
-                # Both are called "engine-test" here; tell them apart by their loops.
-                assert index == replica.router.leaders.index(leader)
             channel = await stack.enter_async_context(wire.channel(f"127.0.0.1:{replica.ports[0]}"))
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             prompts = [list(range(10 * i, 10 * i + 64)) for i in range(1, 6)]
@@ -227,6 +226,106 @@ def test_metrics_say_what_happened(llama: Model) -> None:
             assert samples[("quire_prompt_tokens_total", ("engine-test",))] == 150
             assert samples[("quire_requests_rejected_total", ("INVALID_ARGUMENT",))] == 1
             assert samples[("quire_index_up", ())] == 0
+
+    asyncio.run(main())
+
+
+def test_unlike_engines_under_one_name_never_mix(llama: Model) -> None:
+    """Blocks of 16 and of 32 tokens: hashes for one say nothing on the other."""
+    prompts = [[20 + i, *range(30, 90)] for i in range(8)]
+    sizes = (SIZES, EngineSizes(32, 128, 0, 32, 256, 512))
+
+    async def main() -> None:
+        expected = await _undisturbed(llama, [request(prompt, 6) for prompt in prompts])
+        async with AsyncExitStack() as stack:
+            ports = []
+            for each in sizes:
+                engine = Engine(llama, each, check=True)
+                name = f"blocks-of-{each.block_size}"
+                _, port = await stack.enter_async_context(
+                    running_engine(engine, None, engine_id=name)
+                )
+                ports.append(port)
+            replica = await stack.enter_async_context(running_replica(ports))
+            await led(replica)
+            channel = await stack.enter_async_context(wire.channel(f"127.0.0.1:{replica.ports[0]}"))
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            used = set()
+            for _ in range(2):
+                calls = [collect(stub, request(prompt, 6)) for prompt in prompts]
+                answers = await asyncio.gather(*calls)
+                assert [answer.ids for answer in answers] == expected
+                used |= {answer.accepted.engine_id for answer in answers}
+            assert used == {"blocks-of-16", "blocks-of-32"}
+
+    asyncio.run(main())
+
+
+def test_several_models_must_be_named(llama: Model, llama_directory: Path) -> None:
+    other = load_model(llama_directory, dtype="float32", name="other")
+
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            ports = []
+            for model in (llama, other):
+                _, port = await stack.enter_async_context(
+                    running_engine(Engine(model, SIZES), None)
+                )
+                ports.append(port)
+            replica = await stack.enter_async_context(running_replica(ports))
+            await led(replica)
+            channel = await stack.enter_async_context(wire.channel(f"127.0.0.1:{replica.ports[0]}"))
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            error = await failure(collect(stub, request([20], 2)))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "other, tiny-llama" in str(error.details())
+            assert (await collect(stub, request([20], 2, model="other"))).usage is not None
+
+    asyncio.run(main())
+
+
+def test_an_unusable_tokenizer_leaves_token_ids(
+    llama: Model, llama_directory: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"no": "tokenizer"}')
+
+    async def main() -> None:
+        async with running_stack(llama, directory=tmp_path) as stack:
+            assert (await stack.generate(request([20, 21], 3))).usage is not None
+            error = await failure(stack.generate(request("text", 3)))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    asyncio.run(main())
+
+
+def test_an_id_chosen_by_the_server_can_be_joined(llama: Model) -> None:
+    async def main() -> None:
+        async with running_stack(llama) as stack:
+            whole = await stack.generate(long_request(30))
+            again = long_request(30, request_id=whole.accepted.request_id)
+            again.received_token_counts.append(590)
+            assert (await stack.generate(again)).ids == whole.ids[590:]
+
+    asyncio.run(main())
+
+
+def test_a_fault_of_the_loop_ends_neither_replica_nor_requests(
+    llama: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step loop fails once in the middle; it leads again and nothing is lost."""
+    message = long_request(30)
+
+    async def main() -> None:
+        (expected,) = await _undisturbed(llama, [message])
+        async with running_stack(llama) as stack:
+            running = asyncio.create_task(stack.generate(message))
+            async with asyncio.timeout(10):
+                while stack.loop.step < 20:
+                    await asyncio.sleep(0)
+            loop = stack.loop
+            monkeypatch.setattr(loop, "_deliver", lambda outcome: 1 / 0)
+            assert (await running).ids == expected
+            assert stack.loop is not loop
 
     asyncio.run(main())
 
