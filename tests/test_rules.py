@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import os
 import re
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from control_plane.client import Client
+from data_plane.engine import Engine, EngineSizes
+from data_plane.model import Model
 from protos.generate import generate
+from tests.processes import free_port
+from tests.stack import NO_REDIS, running_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("control_plane", "data_plane", "kernels", "protos")
@@ -131,8 +136,8 @@ def test_generated_code_is_that_of_the_protos(tmp_path: Path) -> None:
         assert path.read_text() == (ROOT / name).read_text(), name
 
 
-def test_control_plane_runs_without_torch(tmp_path: Path) -> None:
-    """In an environment that has every installed package but those of the data plane."""
+def test_control_plane_runs_without_torch(llama: Model, tmp_path: Path) -> None:
+    """It serves in an environment with every installed package but those of the data plane."""
     site = Path(sysconfig.get_paths()["purelib"])
     absent = re.compile(r"torch|triton|transformers|safetensors|functorch|nvidia|.*\.pth$")
     for entry in site.iterdir():
@@ -142,21 +147,39 @@ def test_control_plane_runs_without_torch(tmp_path: Path) -> None:
         (tmp_path / package).symlink_to(ROOT / package)
     code = (
         "import sys, importlib.util as util\n"
-        "import control_plane.__main__, control_plane.cli.commands, control_plane.server\n"
-        "assert not util.find_spec('torch') and not util.find_spec('transformers')\n"
-        "sys.argv = ['control_plane', '--help']\n"
-        "control_plane.__main__.main()\n"
+        "import control_plane.cli.commands\n"
+        "from control_plane.__main__ import main\n"
+        "assert not any(util.find_spec(n) for n in ('torch', 'transformers', 'data_plane'))\n"
+        "sys.exit(main())\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "--max-waiting-requests" in result.stdout
+    port = free_port()
+
+    async def serve(engine_port: int) -> None:
+        flags = ["--engines", f"127.0.0.1:{engine_port}", "--listen", f"127.0.0.1:{port}"]
+        flags += ["--admin-listen", f"127.0.0.1:{free_port()}", "--redis-url", NO_REDIS]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-S", "-c", code, *flags,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
+        )  # fmt: skip
+        try:
+            async with Client(f"127.0.0.1:{port}") as client:
+                answer = await collect(client)
+                assert len(answer) == 8
+        finally:
+            process.terminate()
+        assert await process.wait() == 0
+
+    async def collect(client: Client) -> list[int]:
+        options = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+        events = client.generate([20, 21, 22], **options)
+        return [token async for event in events for token in event.delta.token_ids]
+
+    async def main() -> None:
+        sizes = EngineSizes(16, 64, 0, 4, 64, 256)
+        async with running_engine(Engine(llama, sizes), None) as (_, engine_port):
+            await serve(engine_port)
+
+    asyncio.run(main())
 
 
 def test_settings_have_help_with_units_and_defaults() -> None:
