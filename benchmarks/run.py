@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from benchmarks import index, link, scheduler, throughput
+
+_MINUTES = {"scheduler": 1, "index": 1, "link": 4, "throughput": 3}
 
 
 def main() -> None:
@@ -24,6 +27,7 @@ def main() -> None:
     }
     for name, run in runs.items():
         if arguments.only in (None, name):
+            print(f"{name}: about {_MINUTES[name]} min", file=sys.stderr, flush=True)
             run()
 
 
