@@ -3,55 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
 from protos.inference.v1 import inference_pb2_grpc
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.processes import Process, free_port
 
 
 @contextmanager
 def process(module: str, port: int, *flags: str) -> Iterator[None]:
     """Runs one plane until the block ends; waits until it serves."""
-    command = [sys.executable, "-m", module, "--listen", f"127.0.0.1:{port}", *flags]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait(port, child)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Process(module, port, Path(folder) / "log", *flags) as running,
+    ):
+        running.ready(120)
         yield
-    finally:
-        child.terminate()
-        child.wait(30)
-
-
-def _wait(port: int, child: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        while time.monotonic() < deadline and child.poll() is None:
-            try:
-                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            except grpc.RpcError:
-                pass
-            time.sleep(0.05)
-    raise RuntimeError("a plane did not start")
 
 
 def engine_flags(model: Path, threads: int) -> list[str]:

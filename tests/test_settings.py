@@ -127,6 +127,28 @@ def test_draining_says_so_and_finishes_what_runs(llama: Model) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_reflection_is_by_opt_in(llama: Model, wanted: bool) -> None:
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    async def names(stack: Stack) -> set[str]:
+        stub = reflection_pb2_grpc.ServerReflectionStub(stack.channel)
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        call = stub.ServerReflectionInfo(iter([question]))
+        answer = await anext(aiter(call))
+        return {service.name for service in answer.list_services_response.service}
+
+    async def main() -> None:
+        async with running_stack(llama, reflection=wanted) as stack:
+            if wanted:
+                assert "quire.inference.v1.InferenceService" in await names(stack)
+            else:
+                error = await failure(names(stack))
+                assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    asyncio.run(main())
+
+
 async def _health(stack: Stack) -> int:
     stub = health_pb2_grpc.HealthStub(stack.channel)
     async with asyncio.timeout(2):
