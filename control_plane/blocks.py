@@ -36,6 +36,8 @@ class BlockPool:
         self._hashed = np.zeros(block_count, np.bool_)
         self._free = np.arange(block_count - 1, -1, -1, dtype=np.int32)
         self.free_count = block_count
+        # Blocks with a reference, counted on their own so that `conserved` says something.
+        self.used_count = 0
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
@@ -53,8 +55,9 @@ class BlockPool:
         return self.free_count + len(self._evictable)
 
     @property
-    def used_count(self) -> int:
-        return self.block_count - self.available_count
+    def conserved(self) -> bool:
+        """Whether free + cached + referenced = total: counters only, cheap enough for each step."""
+        return self.available_count + self.used_count == self.block_count
 
     def allocate(self, count: int) -> Int32Array:
         """Returns `count` blocks, int32 [count], each with one reference and no hash.
@@ -69,18 +72,21 @@ class BlockPool:
         self.free_count -= count
         blocks = self._free[self.free_count : self.free_count + count].copy()
         self.reference_counts[blocks] = 1
+        self.used_count += count
         return blocks
 
     def share(self, blocks: Int32Array) -> None:
         """Adds one reference to each of `blocks`, which are referenced or cached."""
         for block in blocks[self.reference_counts[blocks] == 0].tolist():
             del self._evictable[block]
+            self.used_count += 1
         self.reference_counts[blocks] += 1
 
     def release(self, blocks: Int32Array) -> None:
         """Drops one reference from each of `blocks`: one sequence's table, in order."""
         self.reference_counts[blocks] -= 1
         unused = blocks[self.reference_counts[blocks] == 0]
+        self.used_count -= len(unused)
         hashed = self._hashed[unused]
         self._push_free(unused[~hashed])
         self._evictable.update(dict.fromkeys(unused[hashed][::-1].tolist()))
@@ -102,9 +108,20 @@ class BlockPool:
         return self._hash_of.get(block)
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Makes a full, referenced block findable. The first block with a hash keeps it."""
-        if digest in self._block_of or self._hashed[block]:
+        """Makes a full, referenced block findable.
+
+        The first block in use with a hash keeps it; one that is only cached gives way and is free.
+        """
+        if self._hashed[block]:
             return
+        former = self._block_of.get(digest)
+        if former is not None:
+            if self.reference_counts[former]:
+                return
+            del self._evictable[former]
+            self._drop_hash(former)
+            self._announced[former] = NO_HASH
+            self._push_free(np.array([former], np.int32))
         self._restore_hash(block, digest)
         self._announced[block] = digest
 
@@ -121,6 +138,7 @@ class BlockPool:
             if digest not in self._block_of:
                 self._restore_hash(block, digest)
         unused = reference_counts == 0
+        self.used_count = int(np.count_nonzero(reference_counts))
         self.free_count = 0
         self._push_free(np.flatnonzero(unused & ~self._hashed).astype(np.int32)[::-1])
         self._evictable.update(dict.fromkeys(np.flatnonzero(unused & self._hashed).tolist()))
@@ -146,7 +164,11 @@ class BlockPool:
         cached = np.fromiter(self._evictable, np.int32, len(self._evictable))
         counted = np.bincount(np.concatenate([free, cached]), minlength=self.block_count)
         counted += self.reference_counts > 0
-        if not (counted == 1).all() or (self.reference_counts < 0).any():
+        if (
+            not (counted == 1).all()
+            or (self.reference_counts < 0).any()
+            or referenced != self.used_count
+        ):
             raise AssertionError(
                 f"blocks not conserved: {self.free_count} free + {self.cached_count} cached + "
                 f"{referenced} referenced of {self.block_count}"

@@ -66,9 +66,7 @@ def _encode_admissions(admissions: Sequence[Admission]) -> engine_pb2.Admissions
     return engine_pb2.Admissions(
         slots=_ints([admission.slot for admission in admissions]),
         requests=[
-            # Messages merge by concatenation; the count is only known at admission.
-            request.record
-            + record_pb2.SequenceRecord(cached_token_count=admission.cached).SerializeToString()
+            request.record + _addition(admission)
             for request, admission in zip(requests, admissions, strict=True)
         ],
         sample_indexes=_ints([admission.sequence.sample_index for admission in admissions]),
@@ -80,6 +78,13 @@ def _encode_admissions(admissions: Sequence[Admission]) -> engine_pb2.Admissions
         cached_token_counts=_ints([admission.cached for admission in admissions]),
         sampling=_encode_sampling(admissions),
     )
+
+
+def _addition(admission: Admission) -> bytes:
+    """What the record gets at admission: messages merge by concatenation."""
+    return record_pb2.SequenceRecord(
+        cached_token_count=admission.cached, arrival=admission.sequence.group.arrival
+    ).SerializeToString()
 
 
 def _encode_sampling(admissions: Sequence[Admission]) -> engine_pb2.SamplingColumns:

@@ -15,10 +15,10 @@ from google.protobuf.message import DecodeError
 
 from control_plane import records
 from control_plane.engine_link import EngineFacts
-from control_plane.generation import Delta, Ending, Generation, Generations
+from control_plane.generation import Delta, Detached, Ending, Generation, Generations
 from control_plane.metrics import Metrics
 from control_plane.plan import Logprob
-from control_plane.request import FinishReason, Request
+from control_plane.request import FinishReason, Request, pool_room
 from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
 from control_plane.scheduler import NeverFits, QueueFull
 from control_plane.step_loop import StepLoop
@@ -86,6 +86,10 @@ class Frontend:
             generation = await self._generation(message, self._tenant_of(context))
             received = list(message.received_token_counts) or [0] * len(generation.samples)
             await self._stream(generation, received, context)
+        except Detached as detached:
+            await wire.abort(
+                context, wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", str(detached))
+            )
         except wire.RpcError as error:
             self._metrics.rejected.labels(error.code.name).inc()
             await wire.abort(context, error)
@@ -123,8 +127,14 @@ class Frontend:
             if (existing := self._existing(message.request_id, digest)) is not None:
                 return existing
             prompt = await self._tokenise(message, tokenizer)
-            max_tokens = validation.check_length(len(prompt), message.stopping, limits)
-            request = await self._request(message, prompt, max_tokens, facts, tenant)
+            fitting = pool_room(
+                len(prompt),
+                max(message.output.sample_count, 1),
+                facts.block_size,
+                facts.block_count,
+            )
+            max_tokens = validation.check_length(len(prompt), message.stopping, limits, fitting)
+            request = await self._request(message, prompt, max_tokens, facts, tenant, digest)
             loop = await self._router.choose(request, candidates)
         except UnknownModel as error:
             raise wire.failed(grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL", str(error)) from error
@@ -176,15 +186,16 @@ class Frontend:
         max_tokens: int,
         facts: EngineFacts,
         tenant: str,
+        digest: bytes,
     ) -> Request:
         named = pb.GenerateRequest()
         named.CopyFrom(message)
         named.request_id = message.request_id or uuid.uuid4().hex
         if len(prompt) > _LONG_PROMPT:
             return await asyncio.to_thread(
-                records.new_request, named, prompt, max_tokens, facts, tenant
+                records.new_request, named, prompt, max_tokens, facts, tenant, digest
             )
-        return records.new_request(named, prompt, max_tokens, facts, tenant)
+        return records.new_request(named, prompt, max_tokens, facts, tenant, digest)
 
     def _submit(self, loop: StepLoop, generation: Generation) -> None:
         try:
@@ -208,7 +219,8 @@ class Frontend:
             await context.write(pb.GenerateResponse(usage=_usage(generation)))
         finally:
             # A stream that ends early has lost its client: without any, nobody wants the rest.
-            if not generation.finished and generation.subscriber_count == 0:
+            unwanted = not generation.finished and generation.subscriber_count == 0
+            if unwanted and not generation.detached:
                 self._router.cancel(generation)
 
 

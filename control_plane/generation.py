@@ -20,6 +20,10 @@ MAX_DELTA_TOKENS = 4096
 MAX_DELTA_LOGPROBS = 256
 
 
+class Detached(Exception):
+    """A generation does not go on at this replica; another one may have it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ending:
     """Why a sample ended. `stop_string` or `stop_token_id` say what stopped it."""
@@ -81,11 +85,19 @@ class Generation:
         self.cached_tokens = 0
         self.accepted = False
         self.engine_deaths = 0
+        self.detached = False
         self._subscribers: set[asyncio.Event] = set()
 
     @property
     def finished(self) -> bool:
         return all(sample.ending is not None for sample in self.samples)
+
+    @property
+    def weight(self) -> int:
+        """Tokens and log-probabilities that it holds."""
+        tops = max(self.request.sampling.logprob_count, self.request.sampling.prompt_logprob_count)
+        scored = len(self.prompt_logprobs) + sum(len(each.logprobs) for each in self.samples)
+        return scored * (tops + 1) + sum(len(sample.token_ids) for sample in self.samples)
 
     @property
     def subscriber_count(self) -> int:
@@ -131,6 +143,17 @@ class Generation:
         for index in range(len(self.samples)):
             self.end(index, reason, message)
 
+    def fail(self, message: str) -> None:
+        """Ends what has not ended, touching nothing that may have failed."""
+        for sample in self.samples:
+            sample.ending = sample.ending or Ending(FinishReason.ERROR, message=message)
+        self._wake()
+
+    def detach(self) -> None:
+        """Lets its readers know that it does not go on here."""
+        self.detached = True
+        self._wake()
+
     def _wake(self) -> None:
         for event in self._subscribers:
             event.set()
@@ -141,14 +164,16 @@ class Generation:
         """Yields what is new, from `received[i]` tokens of sample i on, until all have ended.
 
         Yields None once, when the request is accepted.
+
+        Raises:
+            Detached: it does not go on at this replica.
         """
         event = asyncio.Event()
         self._subscribers.add(event)
         readers = [_Reader(self, i, received[i]) for i in range(len(self.samples))]
         try:
             while not (self.accepted or self.finished):
-                await event.wait()
-                event.clear()
+                await self._news(event)
             yield None
             while any(not reader.done for reader in readers):
                 for reader in readers:
@@ -156,10 +181,16 @@ class Generation:
                         yield delta
                 if all(reader.done for reader in readers):
                     return
-                await event.wait()
-                event.clear()
+                await self._news(event)
         finally:
             self._subscribers.discard(event)
+
+    async def _news(self, event: asyncio.Event) -> None:
+        if not self.detached:
+            await event.wait()
+            event.clear()
+        if self.detached and not self.finished:
+            raise Detached("its engine is gone or led by another replica")
 
 
 class _Reader:
@@ -218,13 +249,16 @@ class Generations:
     """All generations of this replica, by request id.
 
     A finished one is kept for a while, so that a client whose stream broke at the very end still
-    gets the rest; at most `keep` of them.
+    gets the rest: at most `keep` of them, with `keep_tokens` tokens in all, where a token with
+    log-probabilities counts for as many as it carries.
     """
 
-    def __init__(self, keep: int = 512) -> None:
+    def __init__(self, keep: int = 512, keep_tokens: int = 1 << 20) -> None:
         self._running: dict[str, Generation] = {}
         self._finished: dict[str, Generation] = {}
-        self._keep = keep
+        self._cancelled: dict[str, None] = {}
+        self._keep, self._keep_tokens = keep, keep_tokens
+        self._kept_tokens = 0
 
     def get(self, request_id: str) -> Generation | None:
         return self._running.get(request_id) or self._finished.get(request_id)
@@ -232,9 +266,15 @@ class Generations:
     def running(self, request_id: str) -> Generation | None:
         return self._running.get(request_id)
 
+    def was_cancelled(self, request_id: str) -> bool:
+        """Whether the last generation with this id was cancelled, as far back as is remembered."""
+        return request_id in self._cancelled
+
     def add(self, generation: Generation) -> None:
-        self._finished.pop(generation.request.request_id, None)
-        self._running[generation.request.request_id] = generation
+        request_id = generation.request.request_id
+        self._cancelled.pop(request_id, None)
+        self._forget(request_id)
+        self._running[request_id] = generation
 
     def finish(self, generation: Generation) -> None:
         """Moves a generation out of the running ones, to be found for a while longer."""
@@ -242,15 +282,29 @@ class Generations:
         if self._running.get(request_id) is generation:
             del self._running[request_id]
             self._finished[request_id] = generation
-            while len(self._finished) > self._keep:
-                del self._finished[next(iter(self._finished))]
+            self._kept_tokens += generation.weight
+            while len(self._finished) > self._keep or self._kept_tokens > self._keep_tokens:
+                self._forget(next(iter(self._finished)))
 
-    def drop(self, generation: Generation) -> None:
-        """Forgets a generation that nobody waits for."""
+    def cancel(self, generation: Generation) -> None:
+        """Forgets a generation that nobody waits for, but remembers that it is not wanted."""
         request_id = generation.request.request_id
-        for table in (self._running, self._finished):
-            if table.get(request_id) is generation:
-                del table[request_id]
+        if self._running.get(request_id) is generation:
+            del self._running[request_id]
+            self._cancelled[request_id] = None
+            while len(self._cancelled) > 8 * self._keep:
+                del self._cancelled[next(iter(self._cancelled))]
+
+    def detach(self, generation: Generation) -> None:
+        """Forgets a generation that goes on elsewhere."""
+        request_id = generation.request.request_id
+        if self._running.get(request_id) is generation:
+            del self._running[request_id]
+
+    def _forget(self, request_id: str) -> None:
+        generation = self._finished.pop(request_id, None)
+        if generation is not None:
+            self._kept_tokens -= generation.weight
 
     def all_running(self) -> list[Generation]:
         return list(self._running.values())

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # How long an engine may be gone before its requests move to another one.
 REHOME_SECONDS = 1.0
+# How long its clients are kept waiting if there is none; then they are told to try elsewhere.
+GONE_SECONDS = 30.0
 
 
 class LeaderState(enum.Enum):
@@ -100,9 +102,20 @@ class EngineLeader:
                 # if their engine had died under them.
                 log.exception("the step loop of %s failed", self.link.address)
                 self.state, self._faulted = LeaderState.CONNECTING, True
-            if self._stranded and time.monotonic() - lost_at > REHOME_SECONDS:
-                self._stranded = self._engines.rehome(self._stranded)
+            self._care_for_stranded(time.monotonic() - lost_at)
             await asyncio.sleep(self._settings.retry_seconds)
+
+    def _care_for_stranded(self, seconds: float) -> None:
+        """Finds another place for what ran on an engine that has been lost for some time."""
+        if not self._stranded or seconds < REHOME_SECONDS:
+            return
+        self._stranded = self._engines.rehome(self._stranded)
+        elsewhere = self.state is LeaderState.FOLLOWED
+        if elsewhere or seconds > GONE_SECONDS:
+            stranded, self._stranded = self._stranded, []
+            for generation in stranded:
+                generation.detach()
+                self._generations.detach(generation)
 
     async def _lead(self) -> None:
         facts = await self.link.describe()

@@ -32,24 +32,24 @@ def new_request(
     max_tokens: int,
     facts: EngineFacts,
     tenant: str,
+    digest: bytes,
 ) -> Request:
     """Makes the scheduler's request from a validated message and its tokenised prompt.
 
     Args:
         message: with its request id filled in.
         tenant: salts the prefix hashes.
+        digest: see `request_digest`.
     """
-    record = record_pb2.SequenceRecord(
-        tenant=tenant, request_digest=request_digest(message), request=message
-    )
+    record = record_pb2.SequenceRecord(tenant=tenant, request_digest=digest, request=message)
     # The engine keeps the prompt's tokens already, and hands them over with the record.
     record.request.ClearField("prompt")
     record.request.ClearField("received_token_counts")
     record.request.stopping.max_tokens = max_tokens
     if not message.sampling.HasField("seed"):
         # Derived, so that a retry with the same id draws the same tokens.
-        digest = hashlib.sha256(b"quire.seed" + message.request_id.encode()).digest()
-        record.request.sampling.seed = int.from_bytes(digest[:8], "little")
+        drawn = hashlib.sha256(b"quire.seed" + message.request_id.encode()).digest()
+        record.request.sampling.seed = int.from_bytes(drawn[:8], "little")
     tokens = np.array(prompt, np.int32)
     hashes = PrefixHasher(facts.fingerprint, facts.block_size, tenant).extend([], tokens)
     return _request(record, record.SerializeToString(), tokens, tuple(hashes), facts)
@@ -71,9 +71,14 @@ def rebuilt_request(data: bytes, prompt: Int32Array, facts: EngineFacts) -> tupl
     return request, record.request_digest
 
 
-def cached_tokens(data: bytes) -> int:
-    """Returns how many prompt tokens a resident sequence found in the prefix cache."""
-    return record_pb2.SequenceRecord.FromString(data).cached_token_count
+def admission_facts(data: bytes) -> tuple[int, int]:
+    """Returns a resident sequence's place of arrival, and its cached prompt tokens.
+
+    Raises:
+        DecodeError: the bytes are no record.
+    """
+    record = record_pb2.SequenceRecord.FromString(data)
+    return record.arrival, record.cached_token_count
 
 
 def stop_strings(request: Request) -> tuple[str, ...]:

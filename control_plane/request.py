@@ -153,6 +153,16 @@ class SequenceGroup:
         return [sequence for sequence in self.sequences if sequence.slot >= 0]
 
 
+def pool_room(prompt_length: int, samples: int, block_size: int, block_count: int) -> int:
+    """Returns how many new tokens each sample can have in a pool of `block_count` blocks.
+
+    The inverse of `Request.blocks_at_worst`; below 1 where not even the prompt fits.
+    """
+    shared = prompt_length // block_size
+    own = (block_count - shared) // samples
+    return (shared + own) * block_size + 1 - prompt_length
+
+
 def ended_at(request: Request, tokens: Int32Array) -> tuple[int, FinishReason | None]:
     """Says how many of a sample's tokens count, and why it ended, if it did.
 

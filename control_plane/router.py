@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from control_plane.generation import Generation
+from control_plane.generation import Generation, Generations
 from control_plane.leader import EngineLeader
 from control_plane.prefix_index import EngineLife, PrefixIndex
 from control_plane.request import FinishReason, Request
@@ -27,9 +27,9 @@ class NoEngine(Exception):
 class Router:
     """All engines of this replica."""
 
-    def __init__(self, index: PrefixIndex) -> None:
+    def __init__(self, generations: Generations, index: PrefixIndex) -> None:
         self.leaders: list[EngineLeader] = []
-        self._index = index
+        self._generations, self._index = generations, index
         # Hits that the index foretold, in tokens.
         self.predicted_tokens = 0
 
@@ -86,8 +86,7 @@ class Router:
             loops = [leader.loop for leader in self.leaders if leader.loop is not None]
             fitting = [loop for loop in loops if loop.can_take(generation)]
             if fitting:
-                generation.engine_deaths += 1
-                min(fitting, key=_load).resume(generation)
+                min(fitting, key=_load).take_stranded(generation, died=generation.accepted)
             else:
                 left.append(generation)
         return left
@@ -97,6 +96,7 @@ class Router:
         for leader in self.leaders:
             leader.release(generation)
         generation.end_all(FinishReason.CANCELLED)
+        self._generations.cancel(generation)
 
 
 def _load(loop: StepLoop) -> int:

@@ -26,6 +26,9 @@ from control_plane.plan import Admission, Outcome, Plan, ResidentRow, StepResult
 from control_plane.request import FinishReason, Request, Sequence, SequenceGroup, ended_at
 from control_plane.slots import SlotTable
 
+# Token ids that one plan's admissions carry, at most by one prompt more: four megabytes of message.
+ADMITTED_TOKENS = 1 << 20
+
 
 class QueueFull(Exception):
     """The wait queue is at its limit; nothing was queued."""
@@ -94,6 +97,8 @@ class Scheduler:
         self._leaving: list[Int32Array] = []
         self._forked: list[Sequence] = []
         self._in_flight: deque[_InFlight] = deque()
+        # The head of the queue when it was last refused, and the room there was for it.
+        self._refused: tuple[Sequence, int, int, int] | None = None
 
     # What is wanted.
 
@@ -234,7 +239,8 @@ class Scheduler:
     ) -> None:
         """Takes over an engine's resident sequences; called once, before anything else.
 
-        `released` are resident slots that nobody wants; the first plan empties them.
+        `rows` are in order of arrival. `released` are resident slots that nobody wants; the first
+        plan empties them.
 
         Sequences that have ended already are retired: the caller finds out by `ended_at`, too.
         Samples that the engine does not hold any more are generated again from the prompt.
@@ -246,7 +252,7 @@ class Scheduler:
         self.pool.restore(references, hashes)
         for sequence, row in rows:
             self._seat(sequence, row)
-        for group in sorted({seq.group for seq, _ in rows}, key=lambda group: group.arrival):
+        for group in dict.fromkeys(sequence.group for sequence, _ in rows):
             self._resume_group(group)
 
     def _seat(self, sequence: Sequence, row: ResidentRow) -> None:
@@ -414,15 +420,32 @@ class Scheduler:
     # Admission.
 
     def _admit(self, plan: Plan, budget: int, sampled: list[int]) -> None:
-        while self._waiting and budget > 0:
+        carried = 0
+        while self._waiting and budget > 0 and carried < ADMITTED_TOKENS:
             group = self._waiting[0]
             sequence = group.waiting[0]
-            if not self._seat_waiting(plan, group, sequence):
+            if self._hopeless(sequence) or not self._seat_waiting(plan, group, sequence):
+                self._refused = (sequence, *self._room())
                 break
+            carried += len(sequence.tokens)
             group.waiting.pop(0)
             if not group.waiting:
                 self._waiting.pop(0)
             budget -= self._run_chunk(plan, sequence, budget, sampled)
+
+    def _room(self) -> tuple[int, int, int]:
+        """What admission depends on: available blocks, free slots, and who else runs."""
+        return self.pool.available_count, self.slots.free_count, -self.running_count
+
+    def _hopeless(self, sequence: Sequence) -> bool:
+        """Whether a sequence was refused before and nothing has got better for it since.
+
+        Spares a long prompt at the head of the queue a lookup of all its hashes in every step.
+        """
+        refused, *room = self._refused or (None, 0, 0, 0)
+        return refused is sequence and all(
+            now <= then for now, then in zip(self._room(), room, strict=True)
+        )
 
     def _seat_waiting(self, plan: Plan, group: SequenceGroup, sequence: Sequence) -> bool:
         """Admits the first waiting sequence of the first group if there is room for it."""
@@ -432,7 +455,9 @@ class Scheduler:
         if any(other.group is group for other in self._prefilling):
             return False
         size, length = self.limits.block_size, len(sequence.tokens)
-        reuse = group.request.sampling.prompt_logprob_count < 0
+        # The first sample's pass reports the prompt's log-probabilities, so it computes all of it.
+        reports = group.request.sampling.prompt_logprob_count >= 0
+        reuse = not reports or sequence is not group.sequences[0]
         shared = self.pool.match(sequence.hashes if reuse else [])
         fresh = -(-length // size) - len(shared)
         reviving = int(np.count_nonzero(self.pool.reference_counts[shared] == 0))
@@ -471,13 +496,13 @@ class Scheduler:
         """Takes a whole group off the engine; what it had computed stays cached while it can."""
         prompt = len(group.request.prompt)
         resident = group.resident()
-        forked = any(self.slots.length[seq.slot] > prompt for seq in resident)
+        begun = any(self.slots.length[seq.slot] > prompt for seq in resident)
         for sequence in resident:
             if sequence not in group.unforked:
                 sequence.tokens = self.slots.known_tokens(sequence.slot).copy()
             self._vacate(sequence)
         unfinished = [sequence for sequence in group.sequences if sequence.finish is None]
-        if forked:
+        if begun or any(len(sequence.tokens) > prompt for sequence in unfinished):
             group.waiting, group.unforked = unfinished, []
         else:
             group.waiting, group.unforked = unfinished[:1], unfinished[1:]
@@ -487,11 +512,11 @@ class Scheduler:
         if group not in self._waiting:
             self._enqueue(group)
 
-    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+    def _retire(self, sequence: Sequence, reason: FinishReason, *, publish: bool = True) -> None:
         group = sequence.group
         sequence.finish = reason
         if sequence.slot >= 0:
-            self._vacate(sequence)
+            self._vacate(sequence, publish=publish)
         for queue in (group.waiting, group.unforked):
             if sequence in queue:
                 queue.remove(sequence)
@@ -513,15 +538,15 @@ class Scheduler:
             return
         # Nobody may build on what this sequence computed.
         self.pool.forget(self.slots.table(slot))
-        sequence.hashes = []
         for failed in (sequence, *sequence.group.unforked):
-            self._retire(failed, FinishReason.ERROR)
+            self._retire(failed, FinishReason.ERROR, publish=False)
             finished.append((failed, FinishReason.ERROR, reason))
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _vacate(self, sequence: Sequence, *, publish: bool = True) -> None:
         slot = sequence.slot
         if self.slots.block_count[slot]:
-            self._publish(sequence, generated=True)
+            if publish:
+                self._publish(sequence, generated=True)
             self.pool.release(self.slots.table(slot))
             self._released.append(slot)
         if sequence in self._prefilling:

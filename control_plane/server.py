@@ -39,7 +39,7 @@ class Replica:
             lookup_timeout_seconds=settings.index_timeout_ms / 1000,
         )
         self.generations = Generations()
-        self.router = Router(self.index)
+        self.router = Router(self.generations, self.index)
         self.router.leaders += [self._leader(address) for address in _addresses(settings.engines)]
         self.metrics = Metrics()
         self.frontend = frontend.Frontend(self.router, self.generations, self.metrics)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,7 +134,6 @@ class StepLoop:
         if generation.group is not None and generation.group in self._owners:
             self.scheduler.cancel(generation.group)
             del self._owners[generation.group]
-            self._generations.drop(generation)
             self._wake.set()
 
     def close(self) -> list[Generation]:
@@ -157,12 +157,12 @@ class StepLoop:
         """
         released: list[int] = []
         residents: dict[Generation, list[ResidentRow]] = {}
-        for row in snapshot.rows:
+        for row in sorted(snapshot.rows, key=_arrival):
             generation = self._generation_of(row)
-            if generation is not None and _continues(generation, row):
-                residents.setdefault(generation, []).append(row)
-            else:
+            if generation is None:
                 released.append(row.slot)
+            else:
+                residents.setdefault(generation, []).append(row)
         adopted: list[tuple[Sequence, ResidentRow]] = []
         for generation, rows in residents.items():
             group = _group_so_far(generation)
@@ -170,20 +170,30 @@ class StepLoop:
             self._own(generation, group)
         self.scheduler.restore(adopted, snapshot.hashes, released)
         for sequence, row in adopted:
-            self._catch_up(self._owners[sequence.group], sequence, row)
+            generation = self._owners[sequence.group]
+            try:
+                self._catch_up(generation, sequence, row)
+            except Exception:
+                self._contain(generation)
         for generation in residents:
             self._close_if_finished(generation)
         for generation in stranded:
             if generation not in residents:
-                self._resume_stranded(generation, restarted)
+                self.take_stranded(generation, died=restarted and generation.accepted)
 
     def _generation_of(self, row: ResidentRow) -> Generation | None:
         """Finds or makes the generation of a resident sequence; None if it is not to go on here."""
-        facts, prompt = self.facts, row.tokens[: row.prompt_count]
         try:
-            request, digest = records.rebuilt_request(row.record, prompt, facts)
-        except ValueError:
-            log.exception("slot %d holds no request", row.slot)
+            generation = self._known_or_new(row)
+            return generation if generation and _continues(generation, row) else None
+        except Exception:
+            log.exception("slot %d holds nothing that can go on", row.slot)
+            return None
+
+    def _known_or_new(self, row: ResidentRow) -> Generation | None:
+        facts, prompt = self.facts, row.tokens[: row.prompt_count]
+        request, digest = records.rebuilt_request(row.record, prompt, facts)
+        if self._generations.was_cancelled(request.request_id):
             return None
         generation = self._generations.running(request.request_id)
         if generation is not None:
@@ -196,7 +206,7 @@ class StepLoop:
         strings = records.stop_strings(request)
         generation = Generation(request, digest, self.tokenizer, strings, facts.kind)
         self._generations.add(generation)
-        generation.accept(facts.engine_id, records.cached_tokens(row.record))
+        generation.accept(facts.engine_id, records.admission_facts(row.record)[1])
         asyncio.get_running_loop().call_later(
             self._settings.orphan_grace_seconds, self._end_orphan, generation
         )
@@ -214,9 +224,13 @@ class StepLoop:
         if reason is not None:
             generation.end(sequence.sample_index, reason)
 
-    def _resume_stranded(self, generation: Generation, restarted: bool) -> None:
-        if restarted and generation.accepted:
-            generation.engine_deaths += 1
+    def take_stranded(self, generation: Generation, *, died: bool) -> None:
+        """Goes on with a generation whose engine was lost, or fails it.
+
+        Args:
+            died: it was resident when its engine died.
+        """
+        generation.engine_deaths += died
         if generation.engine_deaths >= MAX_ENGINE_DEATHS:
             self._fail(generation, "its engine died twice under it")
         elif not self.can_take(generation):
@@ -225,8 +239,15 @@ class StepLoop:
             self.resume(generation)
 
     def _fail(self, generation: Generation, sentence: str) -> None:
-        generation.end_all(FinishReason.ERROR, sentence)
+        generation.fail(sentence)
         self._generations.finish(generation)
+
+    def _contain(self, generation: Generation) -> None:
+        """Ends one generation after an exception while its tokens were worked on: no other's."""
+        reference = uuid.uuid4().hex[:12]
+        log.exception("error %s in request %s", reference, generation.request.request_id)
+        self.release(generation)
+        self._fail(generation, f"internal error {reference}")
 
     def _end_orphan(self, generation: Generation) -> None:
         running = self._generations.running(generation.request.request_id) is generation
@@ -284,6 +305,8 @@ class StepLoop:
             plan = scheduler.schedule()
             if self._settings.check_invariants:
                 scheduler.pool.check()
+            if not scheduler.pool.conserved:
+                raise RuntimeError("a block was lost")
             if plan is None:
                 break
             self.step = plan.step
@@ -311,27 +334,39 @@ class StepLoop:
         columns = zip(
             outcome.sequences, outcome.slots.tolist(), outcome.token_ids.tolist(), strict=True
         )
-        touched = set()
         for sequence, slot, token in columns:
             generation = self._owners.get(sequence.group)
             if generation is None:
                 continue
             logprob = outcome.logprobs.get(slot) if outcome.logprobs else None
-            if generation.push(sequence.sample_index, token, logprob):
-                self.scheduler.finish(sequence, FinishReason.STOP)
-                self._wake.set()
-                touched.add(generation)
+            try:
+                if generation.push(sequence.sample_index, token, logprob):
+                    self.scheduler.finish(sequence, FinishReason.STOP)
+                    self._wake.set()
+                    self._close_if_finished(generation)
+            except Exception:
+                self._contain(generation)
         for sequence, reason, sentence in outcome.finished:
-            if (generation := self._owners.get(sequence.group)) is not None:
+            generation = self._owners.get(sequence.group)
+            if generation is None:
+                continue
+            try:
                 generation.end(sequence.sample_index, reason, sentence)
-                touched.add(generation)
-        for generation in touched:
-            self._close_if_finished(generation)
+                self._close_if_finished(generation)
+            except Exception:
+                self._contain(generation)
 
     def _close_if_finished(self, generation: Generation) -> None:
         if generation.finished and generation.group in self._owners:
             del self._owners[generation.group]
             self._generations.finish(generation)
+
+
+def _arrival(row: ResidentRow) -> int:
+    try:
+        return records.admission_facts(row.record)[0]
+    except Exception:
+        return 0  # Whatever that is, it is released.
 
 
 def _continues(generation: Generation, row: ResidentRow) -> bool:
@@ -340,7 +375,10 @@ def _continues(generation: Generation, row: ResidentRow) -> bool:
     known = len(sample.token_ids)
     output = row.tokens[row.prompt_count :].tolist()
     # Log-probabilities are in results only; one that was lost must be computed again.
-    complete = not generation.request.wants_logprobs or len(output) == known
+    scored, sampling = len(generation.prompt_logprobs), generation.request.sampling
+    complete = (sampling.logprob_count < 0 or len(output) == known) and (
+        sampling.prompt_logprob_count < 0 or scored >= min(row.computed, row.prompt_count - 1)
+    )
     # This scheduler never swaps out; what another one has is cheaper to compute than to fetch.
     usable = complete and not row.swapped and sample.ending is None
     return usable and output[:known] == sample.token_ids

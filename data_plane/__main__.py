@@ -19,7 +19,7 @@ from data_plane.load_progress import log_weight_loading
 from data_plane.model import Model, ModelError, load_model
 from data_plane.service import EngineService, ServiceTimes, stable_engine_id
 from data_plane.settings import Settings
-from data_plane.tokenizer_files import read_tokenizer
+from data_plane.tokenizer_files import TokenizerFiles, read_tokenizer
 from data_plane.worker import Worker
 from protos import wire
 from protos.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -27,11 +27,11 @@ from protos.engine.v1 import engine_pb2, engine_pb2_grpc
 log = logging.getLogger("data_plane")
 
 EXIT_BAD_MODEL = 2
+# With a client's stop ids they must fit a row of the scheduler's slot table.
+MAX_EOS_TOKEN_IDS = 48
 # The device worker failed: its memory cannot be trusted, a fresh process can.
 EXIT_WORKER_FAILED = 70
 _SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
-# A worker that has been on one step for this long counts as hung.
-_HUNG_SECONDS = 60.0
 
 
 class SettingsError(Exception):
@@ -55,6 +55,11 @@ def engine_sizes(settings: Settings, model: Model) -> EngineSizes:
     if settings.max_step_tokens < settings.max_slots:
         raise SettingsError(
             f"max-step-tokens {settings.max_step_tokens} is below max-slots {settings.max_slots}"
+        )
+    if len(facts.eos_token_ids) > MAX_EOS_TOKEN_IDS:
+        raise SettingsError(
+            f"the model names {len(facts.eos_token_ids)} end-of-sequence ids; "
+            f"at most {MAX_EOS_TOKEN_IDS} are served"
         )
     length = settings.max_model_length or facts.max_model_length
     if length > facts.max_model_length:
@@ -96,15 +101,15 @@ def build_engine(settings: Settings) -> Engine:
     return Engine(model, sizes, check=settings.check_invariants)
 
 
-async def serve(settings: Settings, engine: Engine) -> int:
+async def serve(settings: Settings, engine: Engine, tokenizer: TokenizerFiles | None) -> int:
     """Serves until SIGTERM or SIGINT, or until the worker fails; returns the exit status."""
-    worker = Worker(engine)
+    worker = Worker()
     worker.start()
     server = wire.server()
     service = EngineService(
         engine,
         worker,
-        read_tokenizer(settings.model),
+        tokenizer,
         engine_id=settings.engine_id or stable_engine_id(settings.listen),
         times=ServiceTimes(settings.leader_timeout_seconds, settings.resident_grace_seconds),
     )
@@ -124,7 +129,7 @@ async def serve(settings: Settings, engine: Engine) -> int:
         "serving %s on port %d: %d blocks of %d tokens, %d slots",
         engine.model.facts.name, port, sizes.block_count, sizes.block_size, sizes.slot_count,
     )  # fmt: skip
-    failed = await _watch(worker, stopping)
+    failed = await _watch(worker, stopping, settings.hung_step_seconds)
     await health.enter_graceful_shutdown()
     await service.stop()
     await server.stop(settings.stop_grace_seconds)
@@ -135,13 +140,13 @@ async def serve(settings: Settings, engine: Engine) -> int:
     return 0
 
 
-async def _watch(worker: Worker, stopping: asyncio.Event) -> str:
+async def _watch(worker: Worker, stopping: asyncio.Event, hung_seconds: float) -> str:
     """Waits for the stop signal; returns a sentence if the worker failed or hangs before that."""
     while not stopping.is_set():
         if worker.failed is not None:
             return repr(worker.failed)
-        if worker.stuck_seconds > _HUNG_SECONDS:
-            return f"one step takes more than {_HUNG_SECONDS:g} s"
+        if worker.stuck_seconds > hung_seconds:
+            return f"one step takes more than {hung_seconds:g} s"
         try:
             async with asyncio.timeout(0.25):
                 await stopping.wait()
@@ -165,11 +170,12 @@ def main() -> int:
     if not sys.stderr.isatty():
         log_weight_loading()
     try:
+        tokenizer = read_tokenizer(settings.model)
         engine = build_engine(settings)
-    except (ModelError, SettingsError) as error:
+    except (ModelError, SettingsError, ValueError) as error:
         print(f"cannot serve: {error}", file=sys.stderr)
         return EXIT_BAD_MODEL
-    return uvloop.run(serve(settings, engine))
+    return uvloop.run(serve(settings, engine, tokenizer))
 
 
 if __name__ == "__main__":

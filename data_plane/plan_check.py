@@ -199,6 +199,7 @@ class _Preview:
         _in_range("copied_blocks", self.plan.copied_blocks, self.state.block_count)
         _all("copied_indexes", (indexes >= 0) & (indexes < self.table_length[slots]),
              "outside the block table")  # fmt: skip
+        _distinct("copied_indexes", slots.astype(np.int64) * self.state.table_width + indexes)
         self._take_fresh("copied_blocks", self.plan.copied_blocks)
 
     def regroup(self) -> None:
@@ -227,6 +228,9 @@ class _Preview:
         if total > max_step_tokens:
             raise PlanError("INVALID", f"{total} tokens are more than a step's {max_step_tokens}")
         sampled = slots[ends == self.lengths[slots]]
+        longest = self.state.max_length
+        _all("decode batch", self.lengths[self.decoding] <= longest, "a slot is at its limit")
+        _all("chunk_slots", self.lengths[sampled] <= longest, "a slot is at its limit")
         _all("fork_parents", np.isin(plan.fork_parents, sampled), "a slot is not sampled", "DRIFT")
         _in_range("fork_children", plan.fork_children, self.state.slot_count)
         _distinct("fork_children", plan.fork_children)

@@ -9,21 +9,25 @@ import numpy.typing as npt
 
 from data_plane.plan import Admissions, Int32Array, PlanError, column
 from data_plane.sampler import SamplingTable
+from protos import validation
 
+_PENALTY = validation.MAX_PENALTY
+# Penalty and top-p divide or cut by their value, so that 0 is outside their ranges.
+_ABOVE_ZERO = float(np.nextafter(np.float32(0), np.float32(1)))
 # column of the contract -> (table's column, dtype, smallest, largest); ranges as in
-# quire.inference.v1. A NaN is outside every range.
+# quire.inference.v1, with the limits that the control plane uses. A NaN is outside every range.
 _SCALARS = {
-    "temperatures": ("temperature", "<f4", 0.0, 100.0),
+    "temperatures": ("temperature", "<f4", 0.0, validation.MAX_TEMPERATURE),
     "top_ks": ("top_k", "<i4", 0, None),
-    "top_ps": ("top_p", "<f4", 0.0, 1.0),
+    "top_ps": ("top_p", "<f4", _ABOVE_ZERO, 1.0),
     "min_ps": ("min_p", "<f4", 0.0, 1.0),
-    "repetition_penalties": ("repetition_penalty", "<f4", 0.0, 10.0),
-    "presence_penalties": ("presence_penalty", "<f4", -10.0, 10.0),
-    "frequency_penalties": ("frequency_penalty", "<f4", -10.0, 10.0),
+    "repetition_penalties": ("repetition_penalty", "<f4", _ABOVE_ZERO, validation.MAX_PENALTY),
+    "presence_penalties": ("presence_penalty", "<f4", -_PENALTY, _PENALTY),
+    "frequency_penalties": ("frequency_penalty", "<f4", -_PENALTY, _PENALTY),
     "seeds": ("seed", "<u8", 0, None),
     "min_token_counts": ("min_length", "<i4", 0, None),
-    "logprob_counts": ("logprob_count", "<i4", -1, 20),
-    "prompt_logprob_counts": ("prompt_logprob_count", "<i4", -1, 20),
+    "logprob_counts": ("logprob_count", "<i4", -1, validation.MAX_LOGPROBS),
+    "prompt_logprob_counts": ("prompt_logprob_count", "<i4", -1, validation.MAX_LOGPROBS),
 }
 
 
@@ -41,7 +45,7 @@ def check_sampling(rows: Admissions, vocabulary_size: int) -> None:
     values = column(rows.sampling.bias_values, "bias_values", "<f4")
     if len(values) != len(column(rows.sampling.bias_ids, "bias_ids")):
         raise PlanError("INVALID", "sampling.bias_values: not one entry per id")
-    if not (np.abs(values.astype(np.float64)) <= 100).all():
+    if not (np.abs(values.astype(np.float64)) <= validation.MAX_BIAS).all():
         raise PlanError("INVALID", "sampling.bias_values: a value is out of range")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import socket
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from data_plane.engine import Engine
-from data_plane.plan import PlanError
+from data_plane.plan import PlanError, decode_plan
 from data_plane.tokenizer_files import TokenizerFiles
 from data_plane.worker import Worker
 from protos import wire
@@ -43,9 +44,16 @@ class ServiceTimes:
 
 @dataclass(slots=True)
 class _Leadership:
+    """The present leader.
+
+    `broken` is set on the worker's thread when a plan is refused: what was queued behind it builds
+    on a plan that never was.
+    """
+
     address: str
     epoch: int
     next_step: int = 1
+    broken: bool = False
     results: asyncio.Queue[asyncio.Task[engine_pb2.StepResult]] = field(
         default_factory=asyncio.Queue
     )
@@ -196,8 +204,25 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             if leader.results.qsize() >= MAX_PLANS_IN_FLIGHT:
                 raise _refusal(PlanError("OUT_OF_ORDER", "too many plans in flight"))
             leader.next_step += 1
-            leader.results.put_nowait(asyncio.create_task(self._worker.execute(plan)))
+            leader.results.put_nowait(asyncio.create_task(self._execute(leader, plan)))
             await asyncio.sleep(0)  # Lets the task queue its job before the next plan is read.
+
+    async def _execute(
+        self, leader: _Leadership, plan: engine_pb2.StepPlan
+    ) -> engine_pb2.StepResult:
+        arrived = time.perf_counter_ns()
+
+        def job() -> engine_pb2.StepResult:
+            if leader.broken:
+                raise PlanError("OUT_OF_ORDER", "a plan before this one was refused")
+            try:
+                queued_us = (time.perf_counter_ns() - arrived) // 1000
+                return self._engine.execute(decode_plan(plan), queued_us)
+            except PlanError:
+                leader.broken = True
+                raise
+
+        return await self._worker.call(job)
 
     async def _next(
         self, requests: AsyncIterator[engine_pb2.LeadRequest]
@@ -216,7 +241,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
     def _release(self, leader: _Leadership) -> None:
         if self._leader is not leader:
             return
-        self._leader = None
+        self._leader, leader.broken = None, True
         while not leader.results.empty():
             leader.results.get_nowait().cancel()
         log.info("leader gone: epoch %d", leader.epoch)

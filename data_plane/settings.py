@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     resident_grace_seconds: float = Field(
         60.0, ge=0, description="seconds that sequences stay resident without a leader"
     )
+    hung_step_seconds: float = Field(
+        60.0, gt=0, description="seconds on one step after which the process gives itself up"
+    )
     stop_grace_seconds: float = Field(2.0, ge=0, description="seconds for calls to end at SIGTERM")
     tls_certificate: Path | None = Field(None, description="PEM file; together with tls-key")
     tls_key: Path | None = Field(None, description="PEM file")

@@ -22,13 +22,20 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cl
 
 
 def read_tokenizer(directory: Path) -> TokenizerFiles | None:
-    """Reads ``tokenizer.json``, the chat template and special tokens; None without a tokenizer."""
+    """Reads ``tokenizer.json``, the chat template and special tokens; None without a tokenizer.
+
+    Raises:
+        ValueError: a file is no JSON or no text; names it.
+    """
     path = directory / "tokenizer.json"
     if not path.is_file():
         return None
     data = path.read_bytes()
     config_path = directory / "tokenizer_config.json"
-    config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+    try:
+        config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{config_path.name} is no JSON: {error}") from error
     template_path = directory / "chat_template.jinja"
     template = template_path.read_text() if template_path.is_file() else ""
     if not template and isinstance(config.get("chat_template"), str):

@@ -10,23 +10,20 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from data_plane.engine import Engine
-from data_plane.plan import PlanError, decode_plan
-from protos.engine.v1 import engine_pb2
+from data_plane.plan import PlanError
 
 T = TypeVar("T")
 
 
 class Worker:
-    """Runs jobs on the engine one after the other.
+    """Runs jobs one after the other.
 
     Attributes:
         failed: the error that ended the worker, if one did. The device's state is unknown then, so
             the process must go.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
@@ -47,20 +44,6 @@ class Worker:
         """Lets the jobs that are queued finish."""
         self._jobs.put(None)
         self._thread.join()
-
-    async def execute(self, message: engine_pb2.StepPlan) -> engine_pb2.StepResult:
-        """Executes a plan behind those already queued.
-
-        Raises:
-            PlanError: the plan was refused.
-        """
-        arrived = time.perf_counter_ns()
-
-        def job() -> engine_pb2.StepResult:
-            queued_us = (time.perf_counter_ns() - arrived) // 1000
-            return self._engine.execute(decode_plan(message), queued_us)
-
-        return await self.call(job)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Runs any function on the engine's thread."""

@@ -23,6 +23,9 @@ MAX_STOP_STRING_BYTES = 256
 MAX_STOP_TOKEN_IDS = 16
 MAX_SAMPLES = 16
 MAX_LOGPROBS = 20
+MAX_TEMPERATURE = 100
+MAX_PENALTY = 10
+MAX_BIAS = 100
 DEFAULT_MAX_TOKENS = 4096
 
 
@@ -47,8 +50,13 @@ def check_request(request: pb.GenerateRequest, limits: ModelLimits) -> None:
     _check_output(request)
 
 
-def check_length(prompt_tokens: int, stopping: pb.Stopping, limits: ModelLimits) -> int:
+def check_length(
+    prompt_tokens: int, stopping: pb.Stopping, limits: ModelLimits, pool_room: int
+) -> int:
     """Returns how many new tokens a sample may have.
+
+    Args:
+        pool_room: new tokens that fit the block pool; bounds the default, not what is asked for.
 
     Raises:
         RpcError: the prompt is empty, or prompt and max_tokens exceed the model's length.
@@ -63,7 +71,7 @@ def check_length(prompt_tokens: int, stopping: pb.Stopping, limits: ModelLimits)
             "room for at least 1 new token",
         )
     if not stopping.HasField("max_tokens"):
-        return max(min(room, DEFAULT_MAX_TOKENS), stopping.min_tokens)
+        return max(min(room, pool_room, DEFAULT_MAX_TOKENS), stopping.min_tokens, 1)
     if stopping.max_tokens > room:
         raise bad_field(
             "stopping.max_tokens",
@@ -108,12 +116,12 @@ def _check_chat(chat: pb.Chat) -> None:
 
 
 def _check_sampling(sampling: pb.Sampling, limits: ModelLimits) -> None:
-    _number("sampling.temperature", sampling.temperature, 0, 100)
+    _number("sampling.temperature", sampling.temperature, 0, MAX_TEMPERATURE)
     _number("sampling.top_k", sampling.top_k, 0, limits.vocabulary_size)
     _number("sampling.min_p", sampling.min_p, 0, 1)
-    _number("sampling.presence_penalty", sampling.presence_penalty, -10, 10)
-    _number("sampling.frequency_penalty", sampling.frequency_penalty, -10, 10)
-    for field, high in (("top_p", 1), ("repetition_penalty", 10)):
+    _number("sampling.presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _number("sampling.frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    for field, high in (("top_p", 1), ("repetition_penalty", MAX_PENALTY)):
         if sampling.HasField(field):
             value = getattr(sampling, field)
             if not 0 < value <= high:
@@ -121,7 +129,7 @@ def _check_sampling(sampling: pb.Sampling, limits: ModelLimits) -> None:
     _number("sampling.logit_bias", len(sampling.logit_bias), 0, MAX_BIASES, "entries")
     for token, value in sampling.logit_bias.items():
         _token("sampling.logit_bias", token, limits)
-        _number(f"sampling.logit_bias[{token}]", value, -100, 100)
+        _number(f"sampling.logit_bias[{token}]", value, -MAX_BIAS, MAX_BIAS)
 
 
 def _check_stopping(stopping: pb.Stopping, limits: ModelLimits) -> None:

@@ -135,7 +135,7 @@ async def running_engine(
     **times: float,
 ) -> AsyncIterator[tuple[Worker, int]]:
     """Serves an engine; yields its worker and its port."""
-    worker = Worker(engine)
+    worker = Worker()
     worker.start()
     tokenizer = read_tokenizer(directory) if directory else None
     service = EngineService(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic_settings import BaseSettings
 
+from control_plane.generation import Generations
 from control_plane.metrics import Metrics
 from control_plane.prefix_index import PrefixIndex
 from control_plane.router import Router
@@ -66,7 +67,7 @@ def test_settings_tables_are_those_of_the_code(title: str, settings: type[BaseSe
 
 def test_every_metric_is_listed() -> None:
     metrics, index = Metrics(), PrefixIndex(NO_REDIS)
-    metrics.observe(Router(index), index)
+    metrics.observe(Router(Generations(), index), index)
     exported = set()
     for family in metrics.registry.collect():
         exported.add(family.name + "_total" * (family.type == "counter"))
