@@ -119,7 +119,7 @@ class Stack:
         """Checks that no block is lost on either plane, the engine's between two steps."""
         pool = self.loop.scheduler.pool
         pool.check()
-        assert pool.free_count + pool.cached_count + pool.used_count == pool.block_count
+        assert pool.conserved
         await self.worker.call(self.engine.state.check)
         counts = await self.worker.call(self.engine.state.block_counts)
         assert sum(counts) == pool.block_count

@@ -78,8 +78,11 @@ def test_killing_redis_fails_no_request(llama: Model) -> None:
             await stack.generate(request(PROMPT, 4))
             messages = [request(PROMPT[i:], 60) for i in range(16)]
             running = asyncio.create_task(stack.together(messages))
-            await asyncio.sleep(0.02)
+            async with asyncio.timeout(5):
+                while stack.loop.scheduler.running_count < 8:
+                    await asyncio.sleep(0)
             server.kill()
+            assert stack.loop.scheduler.running_count > 0
             answers = await running
             answers += await stack.together(messages)
             assert all(answer.usage is not None for answer in answers)

@@ -86,6 +86,16 @@ class Lead:
         return error.value.code(), detail.reason
 
 
+async def heir_of(stub: engine_pb2_grpc.EngineServiceStub) -> tuple[Lead, pb.LeadResponse]:
+    """Claims until the engine has noticed that its former leader is gone."""
+    async with asyncio.timeout(5):
+        while True:
+            lead = Lead(stub)
+            answer = await lead.claim()
+            if answer.WhichOneof("message") == "granted":
+                return lead, answer
+
+
 def run(
     model: Model,
     body: Callable[[Engine, engine_pb2_grpc.EngineServiceStub], Awaitable[None]],
@@ -109,10 +119,7 @@ def test_one_leader_and_rising_epochs(llama: Model) -> None:
         refused = await second.claim("two")
         assert refused.refused.leader_address == "one"
         first.call.cancel()
-        third = Lead(stub)
-        async with asyncio.timeout(1):
-            while (answer := await third.claim("three")).WhichOneof("message") != "granted":
-                third = Lead(stub)
+        _, answer = await heir_of(stub)
         assert answer.granted.epoch == 2
 
     run(llama, body)
@@ -123,9 +130,8 @@ def test_stale_epoch_is_refused_and_changes_nothing(llama: Model) -> None:
         old = Lead(stub)
         await old.snapshot(await old.claim())
         old.call.cancel()
-        await asyncio.sleep(0.05)
-        new = Lead(stub)
-        await new.snapshot(await new.claim())
+        new, granted = await heir_of(stub)
+        await new.snapshot(granted)
         code, reason = await new.refusal(first_plan(epoch=1))
         assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "STALE_EPOCH")
         assert engine.state.resident_slots().size == 0
@@ -141,9 +147,8 @@ def test_snapshot_hands_over_everything(llama: Model) -> None:
         result = await lead.step(first_plan(epoch=1))
         token = np.frombuffer(result.token_ids, "<i4").tolist()
         lead.call.cancel()
-        await asyncio.sleep(0.05)
-        heir = Lead(stub)
-        rows, hashes = await heir.snapshot(await heir.claim())
+        heir, granted = await heir_of(stub)
+        rows, hashes = await heir.snapshot(granted)
         assert rows.requests == [b"record"]
         assert rows.slots == ints(0)
         assert rows.block_ids == ints(3, 5)
@@ -202,6 +207,21 @@ BAD_PLANS = {
         _changed(truncated_slots=ints(0), truncated_token_counts=ints(22)),
         "DRIFT",
     ),
+    "copied twice": (
+        _changed(copied_slots=ints(0, 0), copied_indexes=ints(1, 1), copied_blocks=ints(8, 9)),
+        "INVALID",
+    ),
+    "top p of zero": (
+        _changed(
+            admissions=pb.Admissions(
+                **{
+                    field.name: value for field, value in admission(1, 20, (7, 8)).ListFields()
+                },
+                sampling=pb.SamplingColumns(top_ps=np.zeros(1, "<f4").tobytes()),
+            )
+        ),
+        "INVALID",
+    ),
     "step out of order": (pb.StepPlan(epoch=1, step=3), "OUT_OF_ORDER"),
     "host block out of range": (
         _changed(
@@ -229,10 +249,26 @@ def test_bad_plans_are_refused_whole(llama: Model, name: str) -> None:
     run(llama, body)
 
 
+def test_what_is_queued_behind_a_refused_plan_does_not_run(llama: Model) -> None:
+    async def body(engine: Engine, stub: engine_pb2_grpc.EngineServiceStub) -> None:
+        lead = Lead(stub)
+        await lead.snapshot(await lead.claim())
+        await lead.step(first_plan(epoch=1))
+        steps = engine.counters.step_count
+        refused = _changed(touched_slots=ints(0), touched_token_counts=ints(99))
+        await lead.call.write(pb.LeadRequest(plan=refused))
+        behind = pb.StepPlan(epoch=1, step=3, decode_joins=ints(0))
+        _, reason = await lead.refusal(behind)
+        assert reason == "DRIFT"
+        await asyncio.sleep(0.05)
+        assert engine.counters.step_count == steps
+
+    run(llama, body)
+
+
 def test_swap_out_and_in_keep_the_sequence(llama: Model) -> None:
     async def tokens(stub: engine_pb2_grpc.EngineServiceStub, swap: bool) -> list[int]:
-        lead = Lead(stub)
-        granted = await lead.claim()
+        lead, granted = await heir_of(stub)
         await lead.snapshot(granted)
         epoch = granted.granted.epoch
         result = await lead.step(first_plan(epoch))
@@ -257,7 +293,6 @@ def test_swap_out_and_in_keep_the_sequence(llama: Model) -> None:
             joins, step = b"", step + 1
         await lead.step(pb.StepPlan(epoch=epoch, step=step, released_slots=ints(0)))
         lead.call.cancel()
-        await asyncio.sleep(0.05)
         return ids
 
     async def body(engine: Engine, stub: engine_pb2_grpc.EngineServiceStub) -> None:

@@ -9,7 +9,14 @@ import pytest
 
 from control_plane.hashing import PrefixHasher
 from control_plane.plan import Outcome, Plan
-from control_plane.request import FinishReason, Request, Sequence, SequenceGroup, ended_at
+from control_plane.request import (
+    FinishReason,
+    Request,
+    SamplingFields,
+    Sequence,
+    SequenceGroup,
+    ended_at,
+)
 from control_plane.scheduler import NeverFits, QueueFull, Scheduler, SchedulerLimits
 from protos.control.v1 import record_pb2
 from tests.stub_engine import StubEngine, draw, expected
@@ -49,6 +56,7 @@ class Driver:
         self.output: dict[Sequence, list[int]] = {}
         self.finished: dict[Sequence, FinishReason] = {}
         self.plans: list[Plan] = []
+        self.restored: list[SequenceGroup] = []
         self._results: list[object] = []
 
     def submit(self, prompt: list[int], name: str = "r", **fields: object) -> SequenceGroup:
@@ -264,14 +272,56 @@ def test_cancel_frees_blocks_with_the_next_plan() -> None:
 
 def test_fault_ends_one_sequence_and_distrusts_its_blocks() -> None:
     driver = Driver(make_limits())
-    bad = driver.submit(list(range(40)), "bad", max_tokens=20)
-    good = driver.submit(list(range(300, 340)), "good", max_tokens=20)
-    driver.engine.fault = lambda slot, tokens: tokens[0] == 0 and len(tokens) == 45
+    prompt = list(range(40))
+    bad = driver.submit(prompt, "bad", max_tokens=60)
+    good = driver.submit(list(range(300, 340)), "good", max_tokens=60)
+    driver.engine.fault = lambda slot, tokens: tokens[0] == 0 and len(tokens) == 85
     driver.run()
     assert driver.finished[bad.sequences[0]] is FinishReason.ERROR
-    assert driver.outputs(good) == [expected(list(range(300, 340)), 20)]
-    assert driver.scheduler.pool.match(bad.request.hashes).size == 0
-    assert not driver.engine.state.hashed[: driver.scheduler.pool.block_count].sum() > 5
+    assert driver.outputs(good) == [expected(list(range(300, 340)), 60)]
+    # Neither its prompt's blocks nor those that it generated are found by the next turn.
+    driver.engine.fault = lambda slot, tokens: False
+    turn = driver.submit(prompt + driver.outputs(bad)[0], "turn")
+    driver.run()
+    assert turn.sequences[0].cached == 0
+
+
+def test_samples_with_prompt_logprobs_do_not_preempt_themselves_for_ever() -> None:
+    # The pool holds both samples only if the second finds the prompt that the first computes anew.
+    driver = Driver(make_limits(block_count=9))
+    sampling = SamplingFields(prompt_logprob_count=0)
+    pair = driver.submit(list(range(64)), "pair", max_tokens=32, sample_count=2, sampling=sampling)
+    driver.step()
+    driver.scheduler._preempt(pair)
+    driver.run(limit=200)
+    assert driver.outputs(pair) == [expected(list(range(64)), 32, index) for index in range(2)]
+
+
+def test_one_plan_admits_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("control_plane.scheduler.ADMITTED_TOKENS", 100)
+    driver = Driver(make_limits(), depth=1)
+    prompt = list(range(64))
+    driver.submit(prompt, "first", max_tokens=1)
+    driver.run()
+    # All of them are cached, so that each costs one token of the step's budget only.
+    groups = [driver.submit(prompt, f"r{i}", max_tokens=1) for i in range(6)]
+    driver.run()
+    assert [len(plan.admissions) for plan in driver.plans if plan.admissions] == [1, 2, 2, 2]
+    assert all(driver.outputs(group) == [expected(prompt, 1)] for group in groups)
+
+
+def test_preempted_twice_while_it_is_resumed() -> None:
+    driver = Driver(make_limits(step_tokens=16, chunk_tokens=16))
+    prompt = list(range(40))
+    group = driver.submit(prompt, max_tokens=40, sample_count=3)
+    for _ in range(12):
+        driver.step()
+    for _ in range(4):
+        driver.scheduler._preempt(group)
+        driver.step()
+        driver.step()
+    driver.run()
+    assert driver.outputs(group) == [expected(prompt, 40, index) for index in range(3)]
 
 
 def _take_over(driver: Driver, groups: list[SequenceGroup]) -> Driver:
@@ -289,8 +339,10 @@ def _take_over(driver: Driver, groups: list[SequenceGroup]) -> Driver:
         count, _ = ended_at(request, row.tokens)
         successor.output[sequence] = row.tokens[len(request.prompt) : count].tolist()
         rows.append((sequence, row))
+    rows.sort(key=lambda pair: record_pb2.SequenceRecord.FromString(pair[1].record).arrival)
     successor.scheduler.restore(rows, snapshot.hashes)
     successor.scheduler.pool.check()
+    successor.restored = successor.scheduler.groups
     return successor
 
 
@@ -310,6 +362,8 @@ def test_new_leader_goes_on_without_recomputing(steps: int) -> None:
     successor = _take_over(driver, groups)
     successor.run()
     assert driver.engine.prefill_tokens == total
+    names = [group.request.request_id for group in successor.restored]
+    assert names == [f"r{i}" for i in range(4) if f"r{i}" not in waiting]
     finals = {seq.group.request.request_id: seq.group for seq in successor.output}
     assert set(finals) == {group.request.request_id for group in groups} - waiting
     for group in finals.values():
@@ -320,7 +374,7 @@ def test_new_leader_goes_on_without_recomputing(steps: int) -> None:
 
 @pytest.mark.parametrize("seed", range(25))
 def test_random_histories(seed: int) -> None:
-    """Arrivals, cancels, stops and takeovers at random; tokens and blocks stay right."""
+    """Arrivals, cancels, preemptions and stops at random; tokens and blocks stay right."""
     rng = random.Random(seed)
     limits = make_limits(
         block_size=rng.choice([4, 8, 16]),
@@ -351,6 +405,8 @@ def test_random_histories(seed: int) -> None:
             driver.step()
         if rng.random() < 0.1:
             driver.scheduler.cancel(rng.choice(groups))
+        if driver.scheduler._resident and rng.random() < 0.1:
+            driver.scheduler._preempt(rng.choice(list(driver.scheduler._resident)))
     driver.run()
     for group in groups:
         prompt = group.request.prompt.tolist()
