@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test bench lint protos clean
 
-# The CPU build of torch is asked for by its exact version: a range would bring CUDA's gigabytes.
+# torch comes first and by its exact version, because a range may bring a CUDA build of gigabytes.
+# Where this version is a CUDA build too, set TORCH to what names a CPU build there.
+TORCH ?= torch==2.13.0
+
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[data-plane,local,dev]"
 	touch $@
 

@@ -73,7 +73,7 @@ async def over_grpc(port: int) -> float:
     best = 0.0
     for _ in range(3):
         facts = await link.describe()
-        leadership = await link.lead("bench")
+        leadership = await link.lead("bench", facts.incarnation)
         sched = scheduler(facts.fingerprint, facts.block_count)
         sched.restore([], {}, [row.slot for row in leadership.snapshot.rows])
         began = time.perf_counter()

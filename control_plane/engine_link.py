@@ -94,8 +94,8 @@ class EngineLink:
             raise _lost(error) from error
         return PromptTokenizer.from_parts(bytes(data), template or None, special)
 
-    async def lead(self, own_address: str) -> Leadership:
-        """Claims the engine.
+    async def lead(self, own_address: str, incarnation: str) -> Leadership:
+        """Claims the engine, which was described in this incarnation.
 
         Raises:
             Refused: another replica leads it.
@@ -110,13 +110,15 @@ class EngineLink:
                 call.cancel()
                 raise Refused(answer.refused.leader_address)
             granted = answer.granted
+            if granted.incarnation != incarnation:
+                raise LinkLost("the engine restarted between two calls")
             parts = [(await _read(call)).snapshot_part for _ in range(granted.snapshot_part_count)]
         except grpc.aio.AioRpcError as error:
             raise _lost(error) from error
         except BaseException:
             call.cancel()
             raise
-        return Leadership(call, granted.epoch, granted.incarnation, decode_snapshot(parts))
+        return Leadership(call, granted.epoch, decode_snapshot(parts))
 
 
 class Leadership:
@@ -126,15 +128,9 @@ class Leadership:
         snapshot: what was resident when it was granted.
     """
 
-    def __init__(
-        self,
-        call: LeadCall,
-        epoch: int,
-        incarnation: str,
-        snapshot: Snapshot,
-    ) -> None:
+    def __init__(self, call: LeadCall, epoch: int, snapshot: Snapshot) -> None:
         self._call = call
-        self.epoch, self.incarnation, self.snapshot = epoch, incarnation, snapshot
+        self.epoch, self.snapshot = epoch, snapshot
 
     async def send(self, plan: Plan) -> None:
         await self._write(engine_pb2.LeadRequest(plan=encode_plan(plan, self.epoch)))

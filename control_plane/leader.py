@@ -122,7 +122,7 @@ class EngineLeader:
         if self.facts is None or facts.tokenizer_digest != self.facts.tokenizer_digest:
             self.tokenizer = await self._fetch_tokenizer(facts)
         former, self.facts = self.facts, facts
-        leadership = await self.link.lead(self._settings.own_address)
+        leadership = await self.link.lead(self._settings.own_address, facts.incarnation)
         loop = StepLoop(
             facts,
             self.tokenizer,

@@ -97,6 +97,7 @@ def build_engine(settings: Settings) -> Engine:
         name=settings.served_model_name or None,
     )
     sizes = engine_sizes(settings, model)
+    model.warm_up()
     log.info("allocating %d blocks of %d tokens", sizes.block_count, sizes.block_size)
     return Engine(model, sizes, check=settings.check_invariants)
 
