@@ -97,7 +97,6 @@ def build_engine(settings: Settings) -> Engine:
         name=settings.served_model_name or None,
     )
     sizes = engine_sizes(settings, model)
-    model.warm_up()
     log.info("allocating %d blocks of %d tokens", sizes.block_count, sizes.block_size)
     return Engine(model, sizes, check=settings.check_invariants)
 
@@ -106,6 +105,8 @@ async def serve(settings: Settings, engine: Engine, tokenizer: TokenizerFiles | 
     """Serves until SIGTERM or SIGINT, or until the worker fails; returns the exit status."""
     worker = Worker()
     worker.start()
+    # On the thread that computes: OpenMP keeps a pool of threads for each one that ever has.
+    await worker.call(engine.model.warm_up)
     server = wire.server()
     service = EngineService(
         engine,

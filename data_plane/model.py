@@ -26,6 +26,7 @@ import kernels
 from data_plane.fingerprint import fingerprint
 from data_plane.kv_cache import KVCache
 from data_plane.model_probe import ModelError, first_line, probe, window_of
+from data_plane.packed_linear import pack_linears
 from kernels import AttentionBatch
 
 __all__ = ["Model", "ModelError", "ModelFacts", "load_model"]
@@ -145,6 +146,9 @@ def load_model(
     # With a padding token, some models look for it in the input of every step. Some
     # configs check what is set, so set it unseen.
     vars(module.config.get_text_config())["pad_token_id"] = None
+    if device.type == "cpu":
+        pack_linears(module)
+    # After packing, so that a model which cannot run on packed weights is refused here.
     geometry = probe(module, device)
     module.set_attn_implementation(PAGED)
     facts = ModelFacts(

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from data_plane.fingerprint import fingerprint
 from data_plane.kv_cache import KVCache
 from data_plane.model import Model, ModelError, load_model
+from data_plane.packed_linear import PackedLinear, pack_linears
 from kernels import AttentionBatch
 from tests.models import EOS_TOKEN_ID, REFUSED, SERVED, VOCABULARY_SIZE, add_tokenizer, tiny_model
 
@@ -313,3 +314,19 @@ def test_cache_refuses_ids_and_sizes_out_of_range() -> None:
         cache.copy_blocks(np.array([1, 2]), np.array([0]))
     with pytest.raises(ValueError, match="positive"):
         KVCache(1, 0, 0, 1, 8, 32, torch.float32)
+
+
+def test_packed_weights_give_the_same_logits(tmp_path: Path) -> None:
+    """In bf16 on a CPU, linear layers keep their weights in another layout and say the same."""
+    directory = tiny_model("llama", tmp_path / "model", tie_word_embeddings=True)
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    packed = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    pack_linears(packed)
+    kinds = {type(module) for module in packed.modules()}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert PackedLinear in kinds
+    ids = torch.arange(8, 40)[None]
+    with torch.inference_mode():
+        expected, got = plain(ids).logits.float(), packed(ids).logits.float()
+    # Products may be summed in another order: bf16 tolerance, relative to the largest logit.
+    assert (got - expected).abs().max() <= 1e-2 * expected.abs().max()
