@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import warnings
+from functools import partial
 
 import torch
 import uvloop
@@ -77,7 +78,7 @@ def engine_sizes(settings: Settings, model: Model) -> EngineSizes:
 
 
 def build_engine(settings: Settings) -> Engine:
-    """Loads the model and allocates its KV cache.
+    """Loads the model, warms it up, and allocates its KV cache; on the thread that will run it.
 
     Raises:
         ModelError: the model cannot be served.
@@ -98,15 +99,14 @@ def build_engine(settings: Settings) -> Engine:
     )
     sizes = engine_sizes(settings, model)
     log.info("allocating %d blocks of %d tokens", sizes.block_count, sizes.block_size)
+    model.warm_up()
     return Engine(model, sizes, check=settings.check_invariants)
 
 
-async def serve(settings: Settings, engine: Engine, tokenizer: TokenizerFiles | None) -> int:
+async def serve(
+    settings: Settings, worker: Worker, engine: Engine, tokenizer: TokenizerFiles | None
+) -> int:
     """Serves until SIGTERM or SIGINT, or until the worker fails; returns the exit status."""
-    worker = Worker()
-    worker.start()
-    # On the thread that computes: OpenMP keeps a pool of threads for each one that ever has.
-    await worker.call(engine.model.warm_up)
     server = wire.server()
     service = EngineService(
         engine,
@@ -173,11 +173,13 @@ def main() -> int:
         log_weight_loading()
     try:
         tokenizer = read_tokenizer(settings.model)
-        engine = build_engine(settings)
+        worker = Worker()
+        worker.start()
+        engine = worker.submit(partial(build_engine, settings)).result()
     except (ModelError, SettingsError, ValueError) as error:
         print(f"cannot serve: {error}", file=sys.stderr)
         return EXIT_BAD_MODEL
-    return uvloop.run(serve(settings, engine, tokenizer))
+    return uvloop.run(serve(settings, worker, engine, tokenizer))
 
 
 if __name__ == "__main__":

@@ -47,9 +47,13 @@ class Worker:
 
     async def call(self, function: Callable[[], T]) -> T:
         """Runs any function on the engine's thread."""
+        return await asyncio.wrap_future(self.submit(function))
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Queues any function for the worker's thread."""
         future: Future[T] = Future()
         self._jobs.put((function, future))
-        return await asyncio.wrap_future(future)
+        return future
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
