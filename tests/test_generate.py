@@ -86,6 +86,22 @@ def test_four_samples_share_the_prompt_and_copy_on_write(llama: Model) -> None:
     asyncio.run(main())
 
 
+def test_a_prompt_is_shared_in_the_step_that_computes_it(llama: Model) -> None:
+    prompt = list(range(20, 84))
+
+    async def main() -> None:
+        async with running_stack(llama) as stack:
+            alone = await stack.generate(request([*prompt, 90], 12))
+        async with running_stack(llama) as stack:
+            answers = await stack.together([request([*prompt, 90 + i % 2], 12) for i in range(8)])
+            assert all(answer.ids == alone.ids for answer in answers[::2])
+            # Each of them runs its own last token; nearly all share the four blocks before it.
+            assert stack.engine.counters.prefill_token_count < 3 * len(prompt)
+            await stack.idle()
+
+    asyncio.run(main())
+
+
 def test_text_chat_and_ids_agree(llama: Model, llama_directory: Path) -> None:
     async def main() -> None:
         async with running_stack(llama, directory=llama_directory) as stack:
