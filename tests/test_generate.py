@@ -229,14 +229,16 @@ def test_blocks_are_free_within_two_steps(
     llama: Model, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
-        async with running_stack(llama) as stack:
+        async with running_stack(llama, block_count=1024) as stack:
             loop, cancelled_at = stack.loop, []
             release = loop.release
             monkeypatch.setattr(
                 loop, "release", lambda gone: (cancelled_at.append(loop.step), release(gone))
             )
-            message = sampled(PROMPT, seed=1, max_tokens=900, request_id="long")
-            call = stack.stub.Generate(message, timeout=0.4 if way == "deadline" else None)
+            # Sixteen samples of 900 tokens take longer than any deadline that is short to wait for.
+            samples = pb.Output(sample_count=16)
+            message = sampled(PROMPT, seed=1, max_tokens=900, request_id="long", output=samples)
+            call = stack.stub.Generate(message, timeout=1.5 if way == "deadline" else None)
             async for response in call:
                 if response.delta.token_ids:
                     break
