@@ -69,27 +69,22 @@ class KVCache:
         return self._values[layer]
 
     def copy_blocks(self, sources: BlockIds, destinations: BlockIds) -> None:
-        """Copy device blocks; all are read before one is written. IndexError beyond the slab."""
+        """Copy device blocks. ValueError for ids beyond the slab, or a target that is a source."""
         if len(sources):
-            kernels.copy_blocks(self.slab, self._ids(sources), self._ids(destinations))
+            kernels.copy_blocks(self.slab, _ids(sources), _ids(destinations))
 
     def swap_out(self, device_blocks: BlockIds, host_blocks: BlockIds) -> None:
-        """Copy device blocks to host blocks. IndexError beyond either slab."""
+        """Copy device blocks to host blocks. ValueError for ids beyond either slab."""
         if len(device_blocks):
-            kernels.swap_blocks(
-                self.slab, self.host_slab, self._ids(device_blocks), _host_ids(host_blocks)
-            )
+            ids = _ids(device_blocks), _ids(host_blocks)
+            kernels.swap_blocks(self.slab, self.host_slab, *ids)
 
     def swap_in(self, host_blocks: BlockIds, device_blocks: BlockIds) -> None:
-        """Copy host blocks to device blocks. IndexError beyond either slab."""
+        """Copy host blocks to device blocks. ValueError for ids beyond either slab."""
         if len(host_blocks):
-            kernels.swap_blocks(
-                self.host_slab, self.slab, _host_ids(host_blocks), self._ids(device_blocks)
-            )
-
-    def _ids(self, blocks: BlockIds) -> Tensor:
-        return _host_ids(blocks).to(self.device)
+            ids = _ids(host_blocks), _ids(device_blocks)
+            kernels.swap_blocks(self.host_slab, self.slab, *ids)
 
 
-def _host_ids(blocks: BlockIds) -> Tensor:
+def _ids(blocks: BlockIds) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(blocks, dtype=np.int64))

@@ -1,15 +1,14 @@
 """Paged attention and block moves over a KV cache that is cut into blocks.
 
-Every operation exists in plain torch, which is the CPU path and the oracle of
-the faster ones; this module is the one place that chooses between them. The
-package imports torch, triton and the standard library only.
+Every operation exists in plain torch, which is the CPU path and the oracle of the
+faster ones, and in Triton; `ops.py` chooses between them. The package imports torch,
+triton and the standard library only.
 
 It shares its name with an optional package that transformers probes for by
 version, so it must never carry a version attribute.
 """
 
 from kernels.batch import AttentionBatch
-from kernels.torch_attention import paged_attention
-from kernels.torch_cache import copy_blocks, swap_blocks, write_cache
+from kernels.ops import copy_blocks, paged_attention, swap_blocks, write_cache
 
 __all__ = ["AttentionBatch", "copy_blocks", "paged_attention", "swap_blocks", "write_cache"]

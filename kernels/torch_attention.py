@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.batch import AttentionBatch, RowLayout, row_layout
-from kernels.torch_cache import check_cache
+from kernels.options import Options
 
 # embedding_bag's mode.
 SUM = 0
@@ -46,34 +46,19 @@ CHUNKS = _Limits(scores=1 << 22, slack=1 << 14)
 
 
 def paged_attention(
-    query: Tensor,
-    key_blocks: Tensor,
-    value_blocks: Tensor,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    query: Tensor, key_blocks: Tensor, value_blocks: Tensor, batch: AttentionBatch, options: Options
 ) -> Tensor:
-    """Causal attention of packed queries over keys that live in blocks (arXiv 2309.06180, 4.1).
-
-    query: [T, H, D], any strides. key_blocks, value_blocks: [N, Hkv, block_size, D]
-    of the same dtype, each head contiguous. scale: factor on the scores.
-    sliding_window: newest keys that a query sees, itself included. softcap:
-    scores become softcap * tanh(scores / softcap). sinks: [H], a score per head
-    that takes part in the softmax and brings no value. Returns [T, H, D]; a query
-    without keys gets zeros.
-
-    Raises ValueError, naming the argument, for wrong shapes, dtypes or devices,
-    and IndexError for a block beyond the cache.
-    """
-    _check(query, key_blocks, value_blocks, batch, sliding_window, sinks)
+    """`kernels.paged_attention` in plain torch."""
+    if options.key_scales is not None and options.value_scales is not None:
+        batch, used = _only_used(batch, key_blocks)
+        key_blocks = _dequantise(key_blocks, used, options.key_scales, query.dtype)
+        value_blocks = _dequantise(value_blocks, used, options.value_scales, query.dtype)
     heads, head_size = query.shape[1:]
     layout = row_layout("key_blocks", key_blocks.shape, key_blocks.stride())
+    window, distances = options.sliding_window, options.alibi_slopes is not None
     plan = batch.derive(
-        ("attention", layout, heads, sliding_window, query.dtype),
-        lambda: _plan(batch, layout, heads, sliding_window, query.dtype),
+        ("attention", layout, heads, window, query.dtype, distances),
+        lambda: _plan(batch, layout, heads, window, query.dtype, distances),
     )
     key_rows, value_rows = layout.view(key_blocks), layout.view(value_blocks)
     gathered = query.index_select(0, plan.query_rows)
@@ -86,17 +71,38 @@ def paged_attention(
             group.count, layout.head_count, group.key_length, head_size
         )
         if group.query_length == 1:
-            _decode(queries, keys, value_rows, group, scale, softcap, sinks, output)
+            _decode(queries, keys, value_rows, group, options, output)
             continue
         values = _gather(value_rows, group).view_as(keys)
-        if softcap is None and sinks is None:
-            _fused(queries, keys, values, group.bias, scale, output)
+        if options.softcap is None and options.sinks is None and not distances:
+            _fused(queries, keys, values, group.bias, options.scale, output)
         else:
-            _explicit(queries, keys, values, group.bias, scale, softcap, sinks, output)
+            _explicit(queries, keys, values, group, options, output)
     result = padded.index_select(0, plan.result_rows)
     if plan.keyless is not None:
         result.index_fill_(0, plan.keyless, 0)
     return result
+
+
+def _only_used(batch: AttentionBatch, key_blocks: Tensor) -> tuple[AttentionBatch, Tensor]:
+    """The batch over a cache of nothing but its own blocks, and these: int64 ids."""
+
+    def make() -> tuple[AttentionBatch, Tensor]:
+        _check_blocks(batch.host.block_tables, key_blocks.shape[0])
+        used, tables = torch.unique(batch.host.block_tables, return_inverse=True)
+        columns = (batch.host.query_starts, batch.host.context_lengths, tables.to(torch.int32))
+        compact = AttentionBatch.build(
+            *columns, batch.host.slot_mapping, batch.decode_count, device=key_blocks.device
+        )
+        return compact, used.to(key_blocks.device, torch.int64)
+
+    return batch.derive(("only used", key_blocks.shape[0]), make)
+
+
+def _dequantise(blocks: Tensor, used: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some blocks of an e4m3 cache as numbers."""
+    chosen = blocks.view(torch.uint8).index_select(0, used).view(blocks.dtype)
+    return (chosen.float() * scales[:, None, None]).to(dtype)
 
 
 def _gather(rows: Tensor, group: _Group) -> Tensor:
@@ -111,21 +117,20 @@ def _decode(
     keys: Tensor,
     value_rows: Tensor,
     group: _Group,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: Options,
     output: Tensor,
 ) -> None:
     """softmax(scale * q k^T + bias) v for one query a sequence."""
     count, kv_heads, length, head_size = keys.shape
     packed = query.view(count * kv_heads, -1, head_size)
     keys = keys.view(-1, length, head_size).transpose(1, 2)
-    if softcap is None and sinks is None:
-        scores = torch.baddbmm(group.bias, packed, keys, alpha=scale)
+    if options.softcap is None and options.sinks is None and group.distance is None:
+        scores = torch.baddbmm(group.bias, packed, keys, alpha=options.scale)
         weights = torch.softmax(scores, -1, dtype=torch.float32)
     else:
-        scores = torch.bmm(packed.float(), keys.float()).mul_(scale).view(count, -1, 1, length)
-        weights = _weights(scores, group.bias.view_as(scores), softcap, sinks)
+        scores = torch.bmm(packed.float(), keys.float()).mul_(options.scale)
+        scores = scores.view(count, -1, 1, length)
+        weights = _weights(scores, group.bias.view_as(scores), group.distance, options)
     output.view(-1, head_size).copy_(
         torch.embedding_bag(
             value_rows,
@@ -149,35 +154,31 @@ def _fused(
 
 
 def _explicit(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bias: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    output: Tensor,
+    query: Tensor, keys: Tensor, values: Tensor, group: _Group, options: Options, output: Tensor
 ) -> None:
-    """The same with every score written out, for what the fused one lacks: softcap and sinks."""
+    """The same with every score written out, for what the fused one lacks."""
     count, length, heads, head_size = query.shape
     kv_heads, key_length = keys.shape[1:3]
     packed = query.transpose(1, 2).reshape(count, kv_heads, -1, head_size).float()
-    scores = torch.matmul(packed, keys.float().transpose(2, 3)).mul_(scale)
-    weights = _weights(scores.view(count, heads, length, key_length), bias, softcap, sinks)
+    scores = torch.matmul(packed, keys.float().transpose(2, 3)).mul_(options.scale)
+    scores = scores.view(count, heads, length, key_length)
+    weights = _weights(scores, group.bias, group.distance, options)
     weights = weights.reshape(count, kv_heads, -1, key_length)
     attended = torch.matmul(weights, values.float()).view(count, heads, length, head_size)
     output.copy_(attended.transpose(1, 2))
 
 
-def _weights(scores: Tensor, bias: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def _weights(scores: Tensor, bias: Tensor, distance: Tensor | None, options: Options) -> Tensor:
     """Softmax of fp32 scores [C, H, Q, L], which are overwritten, beside a score for each sink."""
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
+    if options.softcap is not None:
+        scores.div_(options.softcap).tanh_().mul_(options.softcap)
+    if distance is not None and options.alibi_slopes is not None:
+        scores += options.alibi_slopes.float()[:, None, None] * distance
     scores += bias
-    if sinks is None:
+    if options.sinks is None:
         return torch.softmax(scores, -1)
     count, heads, length, key_length = scores.shape
-    sink = sinks.float().view(1, heads, 1, 1).expand(count, heads, length, 1)
+    sink = options.sinks.float().view(1, heads, 1, 1).expand(count, heads, length, 1)
     return torch.softmax(torch.cat([scores, sink], -1), -1)[..., :key_length].contiguous()
 
 
@@ -188,12 +189,14 @@ class _Group:
     start: its first padded query. key_rows: [C * Hkv * L] rows of the cache, each a bag of
     key_bags. bias: 0 or -inf, [C * Hkv, H / Hkv, L] where Q is 1, otherwise [C, 1, Q, L].
     value_rows: where Q is 1, [C * H * L], of which each query head is a bag of value_bags.
+    distance: where there are slopes, key less query position, fp32 [C, 1, Q, L].
     """
 
     start: int
     count: int
     query_length: int
     key_length: int
+    distance: Tensor | None
     bias: Tensor
     key_rows: Tensor
     key_bags: Tensor
@@ -237,7 +240,12 @@ class _Run(NamedTuple):
 
 
 def _plan(
-    batch: AttentionBatch, layout: RowLayout, heads: int, window: int | None, dtype: torch.dtype
+    batch: AttentionBatch,
+    layout: RowLayout,
+    heads: int,
+    window: int | None,
+    dtype: torch.dtype,
+    distances: bool,
 ) -> _Plan:
     """Cut the step into groups. Runs once a step, in host memory, then moves to the device."""
     device = batch.block_tables.device
@@ -256,11 +264,13 @@ def _plan(
         heads_of_rows *= layout.head_step
         rows = rows.view(size, 1, run.keys) + heads_of_rows
         hidden = hidden.view(size, 1, 1, run.keys)
+        part = _Tiles(*(column[run.first : run.last] for column in tiles))
         if run.queries > 1:
-            part = _Tiles(*(column[run.first : run.last] for column in tiles))
             hidden = _causal_bias(part, run, window).to(dtype)
-        bags = _bags(rows, hidden, heads, run.queries == 1)
-        groups.append(_Group(start, size, run.queries, run.keys, *(bag.to(device) for bag in bags)))
+        bags = [bag.to(device) for bag in _bags(rows, hidden, heads, run.queries == 1)]
+        distance = _distances(part, run)[:, None].float().to(device) if distances else None
+        group = _Group(start, size, run.queries, run.keys, distance, *bags)
+        groups.append(group)
         start += size * run.queries
     return _Plan(groups, query_rows.to(device), result_rows.to(device), _keyless(batch))
 
@@ -378,8 +388,7 @@ def _key_rows(
     hidden = offset >= count
     positions = (first + offset).minimum(last).clamp_(min=0)
     blocks = tables.reshape(-1).index_select(0, table + positions // layout.block_size)
-    if blocks.numel() and not 0 <= int(blocks.min()) <= int(blocks.max()) < layout.block_count:
-        raise IndexError(f"block_tables has an id beyond the cache's {layout.block_count} blocks")
+    _check_blocks(blocks, layout.block_count)
     if layout.rows > torch.iinfo(torch.int32).max:
         blocks = blocks.to(torch.int64)
     rows = blocks * layout.block_step + positions % layout.block_size * layout.offset_step
@@ -388,13 +397,19 @@ def _key_rows(
 
 def _causal_bias(tiles: _Tiles, run: _Run, window: int | None) -> Tensor:
     """0 where a query sees a key and -inf elsewhere: fp32 [C, 1, Q, L]."""
+    distances = _distances(tiles, run)
+    hidden = distances > 0
+    if window is not None:
+        hidden |= distances <= -window
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
+
+
+def _distances(tiles: _Tiles, run: _Run) -> Tensor:
+    """Key less query position, int [C, Q, L]; padded queries repeat their tile's last one."""
     key_positions = (tiles.key_start[:, None] + torch.arange(run.keys))[:, None, :]
     offsets = torch.arange(run.queries).clamp(max=tiles.query_count[:, None] - 1)
     query_positions = ((tiles.key_end - tiles.query_count)[:, None] + offsets)[:, :, None]
-    hidden = key_positions > query_positions
-    if window is not None:
-        hidden |= key_positions <= query_positions - window
-    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
+    return key_positions - query_positions
 
 
 def _bags(rows: Tensor, bias: Tensor, heads: int, decode: bool) -> tuple[Tensor, ...]:
@@ -421,25 +436,6 @@ def _keyless(batch: AttentionBatch) -> Tensor | None:
     return keyless.to(batch.block_tables.device)
 
 
-def _check(
-    query: Tensor,
-    key_blocks: Tensor,
-    value_blocks: Tensor,
-    batch: AttentionBatch,
-    window: int | None,
-    sinks: Tensor | None,
-) -> None:
-    check_cache(key_blocks, value_blocks)
-    tokens = batch.slot_mapping.shape[0]
-    if query.dim() != 3 or query.shape[0] != tokens or query.shape[2] != key_blocks.shape[3]:
-        raise ValueError(
-            f"query must be [{tokens}, H, {key_blocks.shape[3]}], not {list(query.shape)}"
-        )
-    if query.shape[1] % key_blocks.shape[1]:
-        raise ValueError(f"query must have a multiple of {key_blocks.shape[1]} heads")
-    if query.dtype != key_blocks.dtype or query.device != key_blocks.device:
-        raise ValueError("query must match key_blocks in dtype and device")
-    if window is not None and window < 1:
-        raise ValueError(f"sliding_window must be at least 1, not {window}")
-    if sinks is not None and sinks.shape != query.shape[1:2]:
-        raise ValueError(f"sinks must be [{query.shape[1]}], not {list(sinks.shape)}")
+def _check_blocks(blocks: Tensor, count: int) -> None:
+    if blocks.numel() and not 0 <= int(blocks.min()) <= int(blocks.max()) < count:
+        raise ValueError(f"block_tables has an id beyond the cache's {count} blocks")

@@ -7,88 +7,92 @@ from torch import Tensor
 
 from kernels.batch import AttentionBatch, RowLayout, row_layout
 
+# The largest number of the cache's one 8-bit type, e4m3 (arXiv 2209.05433); beyond is NaN.
+FP8_MOST = 448.0
+
 
 def write_cache(
-    key: Tensor, value: Tensor, key_blocks: Tensor, value_blocks: Tensor, batch: AttentionBatch
+    key: Tensor,
+    value: Tensor,
+    key_blocks: Tensor,
+    value_blocks: Tensor,
+    batch: AttentionBatch,
+    *,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
-    """Put each token's key and value into the slot that the batch maps it to.
-
-    key, value: [T, Hkv, D], any strides. key_blocks, value_blocks:
-    [N, Hkv, block_size, D], same strides. Tokens whose slot is -1 are skipped.
-    Raises ValueError, naming the argument, for wrong shapes, dtypes or devices,
-    and IndexError for a slot beyond the cache.
-    """
-    check_cache(key_blocks, value_blocks)
-    tokens = batch.slot_mapping.shape[0]
-    expected = (tokens, key_blocks.shape[1], key_blocks.shape[3])
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != expected or tensor.dtype != key_blocks.dtype:
-            raise ValueError(
-                f"{name} must be {key_blocks.dtype} {list(expected)}, "
-                f"not {tensor.dtype} {list(tensor.shape)}"
-            )
+    """`kernels.write_cache` in plain torch."""
     layout = row_layout("key_blocks", key_blocks.shape, key_blocks.stride())
-    rows, kept = batch.derive(("write", layout), lambda: _write_rows(batch, layout))
-    for source, blocks in ((key, key_blocks), (value, value_blocks)):
-        chosen = source if kept is None else source.index_select(0, kept)
-        layout.view(blocks).index_copy_(0, rows, chosen.reshape(-1, layout.head_size))
+    slots, device = batch.host.slot_mapping, key_blocks.device
+    rows = batch.derive(("write", layout), lambda: _write_rows(slots, layout, device))
+    _write(key, key_blocks, key_scales, layout, *rows)
+    _write(value, value_blocks, value_scales, layout, *rows)
 
 
-def copy_blocks(slab: Tensor, sources: Tensor, destinations: Tensor) -> None:
-    """Copy blocks within a slab [layer, block, ...], all layers at once.
+def write_slots(
+    key: Tensor,
+    value: Tensor,
+    key_blocks: Tensor,
+    value_blocks: Tensor,
+    slot_mapping: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> None:
+    """The same for a slot mapping that belongs to no batch."""
+    layout = row_layout("key_blocks", key_blocks.shape, key_blocks.stride())
+    rows = _write_rows(slot_mapping, layout, key_blocks.device)
+    _write(key, key_blocks, key_scales, layout, *rows)
+    _write(value, value_blocks, value_scales, layout, *rows)
 
-    sources, destinations: int64 [C] block ids on the slab's device, the
-    destinations distinct. All blocks are read before one is written. Raises
-    ValueError for ids that do not pair up, IndexError for ids out of range.
-    """
-    swap_blocks(slab, slab, sources, destinations)
+
+def _write(
+    source: Tensor,
+    blocks: Tensor,
+    scales: Tensor | None,
+    layout: RowLayout,
+    rows: Tensor,
+    kept: Tensor | None,
+) -> None:
+    if kept is not None:
+        source = source.index_select(0, kept)
+    target = layout.view(blocks)
+    if scales is not None:
+        target, source = target.view(torch.uint8), quantise(source, scales).view(torch.uint8)
+    target.index_copy_(0, rows, source.reshape(-1, layout.head_size))
+
+
+def quantise(rows: Tensor, scales: Tensor) -> Tensor:
+    """Rows [T, Hkv, D] as e4m3, in units of each head's scale [Hkv]."""
+    units = rows.float() / scales[:, None]
+    return units.clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
 
 
 def swap_blocks(
     source_slab: Tensor, destination_slab: Tensor, sources: Tensor, destinations: Tensor
 ) -> None:
-    """Copy blocks from one slab [layer, block, ...] to another, maybe on another device.
-
-    sources, destinations: int64 [C] block ids, each on its slab's device. The
-    blocks cross in one transfer. Raises ValueError for ids that do not pair up
-    or slabs of different geometry, IndexError for ids out of range.
-    """
-    if sources.dim() != 1 or sources.shape != destinations.shape:
-        raise ValueError(f"destinations must have the {list(sources.shape)} entries of sources")
-    if source_slab.shape[:1] + source_slab.shape[2:] != (
-        destination_slab.shape[:1] + destination_slab.shape[2:]
-    ):
-        raise ValueError("destination_slab must have the layers and block shape of source_slab")
+    """`kernels.swap_blocks` in plain torch, and with one slab for both `kernels.copy_blocks`."""
     # The slabs are block-major in memory: with the block first, a block is one run.
-    staged = source_slab.transpose(0, 1).index_select(0, sources)
-    staged = staged.to(destination_slab.device, non_blocking=True)
-    destination_slab.transpose(0, 1).index_copy_(0, destinations, staged)
+    source, destination = source_slab.transpose(0, 1), destination_slab.transpose(0, 1)
+    if source.dtype == torch.float8_e4m3fn:
+        source, destination = source.view(torch.uint8), destination.view(torch.uint8)
+    destination.index_copy_(0, destinations, source.index_select(0, sources))
 
 
-def check_cache(key_blocks: Tensor, value_blocks: Tensor) -> None:
-    """Raises ValueError unless the two are alike in shape, strides, dtype and device."""
-    if key_blocks.dim() != 4:
-        raise ValueError(
-            f"key_blocks must be [N, Hkv, block_size, D], not {list(key_blocks.shape)}"
-        )
-    if (
-        value_blocks.shape != key_blocks.shape
-        or value_blocks.stride() != key_blocks.stride()
-        or value_blocks.dtype != key_blocks.dtype
-        or value_blocks.device != key_blocks.device
-    ):
-        raise ValueError("value_blocks must match key_blocks in shape, strides, dtype and device")
+def _write_rows(
+    slots: Tensor, layout: RowLayout, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Cache rows [written tokens * Hkv], and the tokens written (None: all of them).
 
-
-def _write_rows(batch: AttentionBatch, layout: RowLayout) -> tuple[Tensor, Tensor | None]:
-    """Cache rows [written tokens * Hkv], and the tokens written (None: all of them)."""
-    slots = batch.host.slot_mapping
+    Raises ValueError for a slot beyond the cache.
+    """
+    if slots.numel() and int(slots.max()) >= layout.block_count * layout.block_size:
+        raise ValueError(f"slot_mapping has a slot beyond the cache's {layout.block_count} blocks")
     kept = None
     if slots.numel() and int(slots.min()) < 0:
         kept = torch.nonzero(slots >= 0).squeeze(1)
         slots = slots[kept]
-        kept = kept.to(batch.slot_mapping.device)
+        kept = kept.to(device)
     first = slots // layout.block_size * layout.block_step
     first = first + slots % layout.block_size * layout.offset_step
     rows = first[:, None] + torch.arange(layout.head_count) * layout.head_step
-    return rows.reshape(-1).to(batch.slot_mapping.device), kept
+    return rows.reshape(-1).to(device), kept

@@ -304,11 +304,11 @@ def test_cache_views_and_moves() -> None:
 
 def test_cache_refuses_ids_and_sizes_out_of_range() -> None:
     cache = KVCache(1, 4, 2, 1, 8, 32, torch.float32)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError):
         cache.copy_blocks(np.array([4]), np.array([0]))
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError):
         cache.swap_out(np.array([0]), np.array([2]))
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError):
         cache.swap_in(np.array([0]), np.array([-1]))
     with pytest.raises(ValueError, match="destinations"):
         cache.copy_blocks(np.array([1, 2]), np.array([0]))
