@@ -1,9 +1,9 @@
-# make demo | test | bench | lint. Everything runs in .venv, made on first use.
+# make demo | test | bench | bench-gpu | lint. Everything runs in .venv, made on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint protos clean
+.PHONY: demo test bench bench-gpu lint protos clean
 
 # torch comes first and by its exact version, because a range may bring a CUDA build of gigabytes.
 # Where this version is a CUDA build too, set TORCH to what names a CPU build there.
@@ -23,6 +23,10 @@ test: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+# On a GPU, with the python that has torch for it: it makes no environment of its own.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu $(BENCH)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -150,6 +150,8 @@ def load_model(
         pack_linears(module)
     # After packing, so that a model which cannot run on packed weights is refused here.
     geometry = probe(module, device)
+    if not kernels.serves_head_size(geometry.head_size, device):
+        raise ModelError(f"its heads of {geometry.head_size} have no kernel on {device.type}")
     module.set_attn_implementation(PAGED)
     facts = ModelFacts(
         name=name or path.resolve().name,

@@ -9,6 +9,14 @@ version, so it must never carry a version attribute.
 """
 
 from kernels.batch import AttentionBatch
+from kernels.checks import serves_head_size
 from kernels.ops import copy_blocks, paged_attention, swap_blocks, write_cache
 
-__all__ = ["AttentionBatch", "copy_blocks", "paged_attention", "swap_blocks", "write_cache"]
+__all__ = [
+    "AttentionBatch",
+    "copy_blocks",
+    "paged_attention",
+    "serves_head_size",
+    "swap_blocks",
+    "write_cache",
+]

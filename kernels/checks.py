@@ -57,7 +57,7 @@ def check_attention(
         if query.stride(2) != 1:
             raise ValueError(f"query must keep each head contiguous, not {query.stride()}")
         if CHECK_DEVICE_IDS:
-            batch.derive(("checked", key_blocks.shape[:3]), lambda: _check_ids(batch, key_blocks))
+            batch.derive(("checked", key_blocks.shape[:3]), lambda: check_ids(batch, key_blocks))
 
 
 def check_write(
@@ -85,7 +85,7 @@ def check_write(
     if key.is_cuda:
         check_triton(key_blocks, 1)
         if CHECK_DEVICE_IDS:
-            batch.derive(("checked", key_blocks.shape[:3]), lambda: _check_ids(batch, key_blocks))
+            batch.derive(("checked", key_blocks.shape[:3]), lambda: check_ids(batch, key_blocks))
 
 
 def check_move(
@@ -144,11 +144,11 @@ def check_cache(key_blocks: Tensor, value_blocks: Tensor) -> None:
 
 def check_triton(key_blocks: Tensor, group: int) -> None:
     """What the Triton kernels ask for beyond that. Raises ValueError, naming the argument."""
-    head_size, strides = key_blocks.shape[3], key_blocks.stride()
-    if head_size % 16 or head_size > MOST_HEAD_SIZE:
+    strides = key_blocks.stride()
+    if not serves_head_size(key_blocks.shape[3], key_blocks.device):
         raise ValueError(
             f"key_blocks must have heads of a multiple of 16 up to {MOST_HEAD_SIZE}, "
-            f"not {head_size}"
+            f"not {key_blocks.shape[3]}"
         )
     # Otherwise no copy is asynchronous and each element is loaded on its own.
     if strides[3] != 1 or any(stride % 16 for stride in strides[:3]):
@@ -157,6 +157,13 @@ def check_triton(key_blocks: Tensor, group: int) -> None:
         raise ValueError(f"query must have at most {MOST_GROUP} heads a key/value head")
     if key_blocks.dtype == FP8 and not _converts_fp8(key_blocks.device):
         raise ValueError(f"key_blocks cannot be {FP8} on {key_blocks.device}: it lacks the type")
+
+
+def serves_head_size(head_size: int, device: torch.device) -> bool:
+    """Whether there are kernels for heads of this size; on a CPU there are for all."""
+    if device.type == "cpu":
+        return True
+    return head_size % 16 == 0 and head_size <= MOST_HEAD_SIZE
 
 
 def _converts_fp8(device: torch.device) -> bool:
@@ -194,8 +201,11 @@ def _check_vector(name: str, tensor: Tensor, size: int, device: torch.device) ->
         )
 
 
-def _check_ids(batch: AttentionBatch, key_blocks: Tensor) -> None:
-    """Looks at every block that a key is read from, and every slot that one is written to."""
+def check_ids(batch: AttentionBatch, key_blocks: Tensor) -> None:
+    """Looks at every block that a key is read from, and every slot that one is written to.
+
+    Waits for the device. Raises ValueError, naming the argument.
+    """
     block_count, _, block_size = key_blocks.shape[:3]
     used = torch.arange(batch.block_tables.shape[1], device=batch.block_tables.device)
     used = used[None, :] * block_size < batch.context_lengths[:, None]

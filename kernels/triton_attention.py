@@ -58,7 +58,8 @@ class Geometry(NamedTuple):
     alibi: bool
 
 
-@triton.jit
+# What changes from step to step must not mean another compilation.
+@triton.jit(do_not_specialize=["window", "table_stride"])
 def attend(
     output,
     lse,
@@ -98,7 +99,7 @@ def attend(
         return
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, DIMS)
-    head = kv_head * GROUP + row % GROUP
+    head = (kv_head * GROUP + row % GROUP).to(tl.int64)
     token = (tl.load(item + 1) + row // GROUP).to(tl.int64)
     real = row < tl.load(item + 2) * GROUP
     inside = real[:, None] & (dim < HEAD_SIZE)[None, :]

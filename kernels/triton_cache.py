@@ -174,7 +174,7 @@ def _write(
     slot = tl.load(slot_mapping + token)
     if slot < 0:
         return
-    head = tl.arange(0, ROWS)
+    head = tl.arange(0, ROWS).to(tl.int64)
     dim = tl.arange(0, DIMS)[None, :]
     real = head < HEADS
     inside = real[:, None] & (dim < HEAD_SIZE)

@@ -206,11 +206,9 @@ def part_launches(
     heads, head_size = query.shape[1:]
     kv_heads = key_blocks.shape[1]
     group = heads // kv_heads
-    partial_output = partial_lse = None
-    if work.partial_count:
-        shape = (work.partial_count, kv_heads, tokens * group, head_size)
-        partial_output = torch.empty(shape, dtype=torch.float32, device=query.device)
-        partial_lse = torch.empty(shape[:3], dtype=torch.float32, device=query.device)
+    shape = (work.partial_count, kv_heads, tokens * group, head_size)
+    partial_output = torch.empty(shape, dtype=torch.float32, device=query.device)
+    partial_lse = torch.empty(shape[:3], dtype=torch.float32, device=query.device)
     shared = {
         "output": output,
         "lse": lse,

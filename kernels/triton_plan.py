@@ -70,7 +70,7 @@ def plan_launch(
     return Launch(_plan, (1,), arguments, warps, 1), WorkList(items, tiles, capacity)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequence_count", "capacity", "resident", "window"])
 def _plan(
     items,
     tiles,
