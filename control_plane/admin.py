@@ -130,6 +130,9 @@ def _engine(leader: EngineLeader) -> pb.Engine:
         engine.prefix_hit_token_count = scheduler.totals.cached_tokens
         engine.prefix_query_token_count = scheduler.totals.prompt_tokens
         engine.preemption_count = scheduler.totals.preemptions
+        engine.swap_count = scheduler.totals.swaps
+        engine.host_block_count = scheduler.limits.host_block_count
+        engine.used_host_block_count = scheduler.swap.pool.used_count
     return engine
 
 
@@ -141,6 +144,8 @@ def _sequence(leader: EngineLeader, scheduler: Scheduler, sequence: Sequence) ->
     if resident:
         prefilling = table.computed[slot] < len(request.prompt)
         state = pb.SEQUENCE_STATE_PREFILL if prefilling else pb.SEQUENCE_STATE_DECODE
+        if table.swapped[slot]:
+            state = pb.SEQUENCE_STATE_SWAPPED
     return pb.Sequence(
         engine_id=_engine_id(leader),
         request_id=request.request_id,
@@ -156,7 +161,7 @@ def _sequence(leader: EngineLeader, scheduler: Scheduler, sequence: Sequence) ->
 
 
 def _blocks(scheduler: Scheduler, slot: int) -> list[pb.BlockEntry]:
-    pool = scheduler.pool
+    pool = scheduler.swap.pool if scheduler.slots.swapped[slot] else scheduler.pool
     return [
         pb.BlockEntry(
             block_id=block,

@@ -44,6 +44,7 @@ class EngineFacts:
     vocabulary_size: int
     eos_token_ids: tuple[int, ...]
     tokenizer_digest: str
+    host_block_count: int = 0
 
     @property
     def kind(self) -> tuple[str, int, int, str]:
@@ -74,6 +75,7 @@ class EngineLink:
             fingerprint=answer.model_fingerprint,
             block_size=answer.geometry.block_size_tokens,
             block_count=answer.geometry.device_block_count,
+            host_block_count=answer.geometry.host_block_count,
             slot_count=answer.limits.max_slots,
             step_tokens=answer.limits.max_tokens_per_step,
             max_length=answer.limits.max_model_length,

@@ -29,6 +29,10 @@ _SCALARS: tuple[tuple[str, str, str, float], ...] = (
 )
 
 
+# Columns of a swap, and Crossing's attributes.
+_CROSSING = (("slots", "slots"), ("blocks", "sources"), ("targets", "targets"))
+
+
 def _ints(values: Iterable[int] | Int32Array) -> bytes:
     return np.asarray(values, dtype="<i4").tobytes()
 
@@ -56,6 +60,10 @@ def encode_plan(plan: Plan, epoch: int) -> engine_pb2.StepPlan:
         hashed_blocks=_ints(list(plan.hashed)),
         block_hashes=b"".join(plan.hashed.values()),
     )
+    for name, crossings in (("swap_out", plan.swapped_out), ("swap_in", plan.swapped_in)):
+        for column, attribute in _CROSSING:
+            values = [getattr(crossing, attribute) for crossing in crossings]
+            setattr(message, f"{name}_{column}", b"".join(_ints(value) for value in values))
     if plan.admissions:
         message.admissions.CopyFrom(_encode_admissions(plan.admissions))
     return message

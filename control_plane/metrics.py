@@ -49,7 +49,15 @@ class _StateCollector(Collector):
         cached = CounterMetricFamily(
             "quire_prefix_hit_tokens", "Prompt tokens found in the prefix cache.", labels=["engine"]
         )
-        preempted = CounterMetricFamily("quire_preemptions", "Groups preempted.", labels=["engine"])
+        preempted = CounterMetricFamily(
+            "quire_preemptions", "Groups preempted, by kind.", labels=["engine", "kind"]
+        )
+        swapped = CounterMetricFamily(
+            "quire_swapped_blocks", "Blocks swapped.", labels=["engine", "direction"]
+        )
+        host = GaugeMetricFamily(
+            "quire_host_blocks", "Blocks of the swap space.", labels=["engine", "state"]
+        )
         steps = CounterMetricFamily("quire_steps", "Steps done.", labels=["engine"])
         phases = CounterMetricFamily(
             "quire_step_seconds", "Engine time of steps, by phase.", labels=["engine", "phase"]
@@ -69,8 +77,14 @@ class _StateCollector(Collector):
             sequences.add_metric([name, "waiting"], scheduler.waiting_count)
             prompt.add_metric([name], scheduler.totals.prompt_tokens)
             cached.add_metric([name], scheduler.totals.cached_tokens)
-            preempted.add_metric([name], scheduler.totals.preemptions)
-        yield from (blocks, sequences, prompt, cached, preempted, steps, phases)
+            totals, space = scheduler.totals, scheduler.swap.pool
+            preempted.add_metric([name, "swap"], totals.swaps)
+            preempted.add_metric([name, "recompute"], totals.preemptions - totals.swaps)
+            swapped.add_metric([name, "out"], totals.swapped_out_blocks)
+            swapped.add_metric([name, "in"], totals.swapped_in_blocks)
+            host.add_metric([name, "free"], space.free_count)
+            host.add_metric([name, "used"], space.used_count)
+        yield from (blocks, sequences, prompt, cached, preempted, swapped, host, steps, phases)
 
     def _index_state(self) -> Iterator[Metric]:
         index = self._index

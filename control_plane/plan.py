@@ -32,6 +32,20 @@ class Admission:
     cached: int
 
 
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """Slots whose tables are rewritten as blocks cross to the host or back.
+
+    Attributes:
+        slots: int32 [n].
+        sources, targets: int32 [m], blocks on either side; each crosses once.
+    """
+
+    slots: Int32Array
+    sources: Int32Array
+    targets: Int32Array
+
+
 @dataclass(slots=True)
 class Plan:
     """One step. Lists are filled while it is made; arrays are int32 [n]."""
@@ -40,6 +54,8 @@ class Plan:
     touched_slots: Int32Array = field(default_factory=_empty)
     touched_lengths: Int32Array = field(default_factory=_empty)
     released: list[int] = field(default_factory=list)
+    swapped_out: list[Crossing] = field(default_factory=list)
+    swapped_in: list[Crossing] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     appended_slots: Int32Array = field(default_factory=_empty)
     appended_blocks: Int32Array = field(default_factory=_empty)
@@ -62,8 +78,14 @@ class Plan:
         return self.decode_count + sum(self.chunk_counts)
 
     @property
+    def moved_block_count(self) -> int:
+        """Blocks that cross to the host or back."""
+        return sum(len(crossing.sources) for crossing in (*self.swapped_out, *self.swapped_in))
+
+    @property
     def empty(self) -> bool:
-        return not (self.token_count or self.released or self.hashed or len(self.decode_leaves))
+        moves = self.released or self.swapped_out or self.swapped_in
+        return not (self.token_count or moves or self.hashed or len(self.decode_leaves))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ sequence that turns out to have ended meanwhile wastes the steps in flight, noth
 are matched with the serial number of a slot's occupant.
 
 Policies: by priority, then first come, first served; decodes first, then chunks of prompts under a
-token budget. Out of blocks, the group that is last in that same order is preempted whole, and later
-recomputed from its tokens, minus what the prefix cache still has.
+token budget. Out of blocks, the group that is last in that same order is preempted whole: swapped
+out to host memory, or released and later recomputed from its tokens, minus what the prefix cache
+still has, whichever costs less. A group that was preempted comes back before any that came later.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,7 @@ from control_plane.hashing import PrefixHasher
 from control_plane.plan import Admission, Outcome, Plan, ResidentRow, StepResult
 from control_plane.request import FinishReason, Request, Sequence, SequenceGroup, ended_at
 from control_plane.slots import SlotTable
+from control_plane.swapping import CostModel, SwapSpace
 
 # Token ids that one plan's admissions carry, at most by one prompt more: four megabytes of message.
 ADMITTED_TOKENS = 1 << 20
@@ -45,6 +48,8 @@ class SchedulerLimits:
     Attributes:
         chunk_tokens: most tokens of one prompt in one step.
         waiting_requests: most requests in the wait queue.
+        host_block_count: blocks in host memory to swap to.
+        preemption: how to preempt; auto: by cost.
     """
 
     model_fingerprint: str
@@ -55,16 +60,23 @@ class SchedulerLimits:
     step_tokens: int
     chunk_tokens: int
     waiting_requests: int = 1024
+    host_block_count: int = 0
+    preemption: Literal["auto", "swap", "recompute"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A plan whose result is awaited: who is sampled, and who runs a chunk, by slot and serial."""
+    """A plan whose result is awaited: who is sampled, and who runs a chunk, by slot and serial.
+
+    moved_blocks, chunk_tokens: what its timings are for.
+    """
 
     step: int
     slots: Int32Array
     serials: npt.NDArray[np.int64]
     chunks: dict[int, int]
+    moved_blocks: int
+    chunk_tokens: int
 
 
 @dataclass(slots=True)
@@ -74,6 +86,9 @@ class Totals:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
     recomputed_tokens: int = 0
 
 
@@ -84,6 +99,8 @@ class Scheduler:
         self.limits = limits
         self.pool = BlockPool(limits.block_count)
         self.slots = SlotTable(limits.slot_count, limits.max_length, limits.block_size)
+        self.swap = SwapSpace(limits.host_block_count, self.pool, self.slots)
+        self.costs = CostModel()
         self.totals = Totals()
         self._hashers: dict[str, PrefixHasher] = {}
         self._arrivals = 0
@@ -92,6 +109,7 @@ class Scheduler:
         self._resident: dict[SequenceGroup, None] = {}
         self._prefilling: list[Sequence] = []
         # Consumed by the next plan.
+        self._unwanted: list[SequenceGroup] = []
         self._released: list[int] = []
         self._joining: list[Sequence] = []
         self._leaving: list[Int32Array] = []
@@ -148,14 +166,23 @@ class Scheduler:
         for sequence in group.sequences:
             self.finish(sequence, FinishReason.CANCELLED)
 
+    def preempt(self, group: SequenceGroup) -> None:
+        """Preempts a group with the next plan, if it is resident then."""
+        self._unwanted.append(group)
+
     # What is decided.
 
     def schedule(self) -> Plan | None:
         """Returns the next step's plan, or None when there is nothing to do."""
         plan = Plan(step=self._step + 1)
         sampled: list[int] = []
+        for group in dict.fromkeys(self._unwanted):
+            if group in self._resident:
+                self._preempt(plan, group)
+        self._unwanted = []
         run = self._decodes(plan)
         plan.decode_count = len(run)
+        self._swap_in(plan)
         budget = self._chunks(plan, self.limits.step_tokens - len(run), sampled)
         self._admit(plan, budget, sampled)
         plan.released, self._released = self._released, []
@@ -165,7 +192,9 @@ class Scheduler:
         self._touch_chunks(plan)
         slots = np.concatenate([run, np.array(sampled + plan.fork_children, np.int32)])
         chunks = {slot: int(self.slots.serial[slot]) for slot in plan.chunk_slots}
-        self._in_flight.append(_InFlight(plan.step, slots, self.slots.serial[slots], chunks))
+        serials = self.slots.serial[slots]
+        moved, chunked = plan.moved_block_count, sum(plan.chunk_counts)
+        self._in_flight.append(_InFlight(plan.step, slots, serials, chunks, moved, chunked))
         self._step = plan.step
         return plan
 
@@ -180,6 +209,8 @@ class Scheduler:
         flight = self._in_flight.popleft()
         if len(result.token_ids) != len(flight.slots):
             raise ValueError(f"{len(result.token_ids)} tokens for {len(flight.slots)} sequences")
+        _, moves_us, forward_us, _ = result.timings_us
+        self.costs.observe(flight.moved_blocks, flight.chunk_tokens, moves_us, forward_us)
         slots, table, tokens = flight.slots, self.slots, result.token_ids
         current = table.serial[slots] == flight.serials
         if result.faults:
@@ -226,8 +257,8 @@ class Scheduler:
 
     @property
     def groups(self) -> list[SequenceGroup]:
-        """Resident groups, then waiting ones; a group may be both while it is being resumed."""
-        return list(dict.fromkeys([*self._resident, *self._waiting]))
+        """Resident, swapped and waiting groups; one may be resident and wait, while resumed."""
+        return list(dict.fromkeys([*self._resident, *self.swap.groups, *self._waiting]))
 
     # A new leader's beginning.
 
@@ -248,8 +279,10 @@ class Scheduler:
         self._released += released or []
         references = np.zeros(self.limits.block_count, np.int32)
         for _, row in rows:
-            references[row.blocks] += 1
+            if not row.swapped:
+                references[row.blocks] += 1
         self.pool.restore(references, hashes)
+        self.swap.restore([row.blocks for _, row in rows if row.swapped])
         for sequence, row in rows:
             self._seat(sequence, row)
         for group in dict.fromkeys(sequence.group for sequence, _ in rows):
@@ -260,7 +293,10 @@ class Scheduler:
         self.slots.set_tokens(slot, row.tokens)
         self.slots.set_blocks(slot, row.blocks)
         self.slots.computed[slot] = row.computed
+        self.slots.swapped[slot] = row.swapped
         sequence.hashes = []
+        if row.swapped:
+            return
         for block in row.blocks.tolist():
             digest = self.pool.hash_of(block)
             if digest is None:
@@ -270,9 +306,13 @@ class Scheduler:
 
     def _resume_group(self, group: SequenceGroup) -> None:
         group.arrival, group.admitted = self._next_arrival(), True
-        self._resident[group] = None
         prompt = len(group.request.prompt)
         resident = group.resident()
+        swapped = bool(self.slots.swapped[[sequence.slot for sequence in resident]].any())
+        if swapped:
+            self.swap.groups.append(group)
+        else:
+            self._resident[group] = None
         absent = [seq for seq in group.sequences if seq.slot < 0 and seq.finish is None]
         begun = any(len(seq.tokens) > prompt for seq in absent) or any(
             self.slots.known[seq.slot] > prompt for seq in resident
@@ -286,6 +326,8 @@ class Scheduler:
             _, reason = ended_at(group.request, self.slots.known_tokens(slot))
             if reason is not None:
                 self._retire(sequence, reason)
+            elif swapped:
+                continue
             elif known > prompt and self.slots.computed[slot] == known - 1:
                 self._joining.append(sequence)
                 if self.slots.computed[slot] % self.limits.block_size:
@@ -293,7 +335,10 @@ class Scheduler:
             else:
                 self._prefilling.append(sequence)
         if group.waiting:
-            bisect.insort(self._waiting, group, key=lambda waiting: waiting.order)
+            self._enqueue(group)
+        if swapped and absent and group in self.swap.groups:
+            # Only whole groups are swapped; this one has lost a part.
+            self._take_off(group)
 
     # Decodes.
 
@@ -301,6 +346,7 @@ class Scheduler:
         """Gives every decoding sequence room for one more token; returns their slots, ascending."""
         table, size = self.slots, self.limits.block_size
         joining = np.array([seq.slot for seq in self._joining if seq.slot >= 0], np.int32)
+        joining = joining[~table.swapped[joining]]
         leaving = np.concatenate(self._leaving) if self._leaving else joining[:0]
         leaving = leaving[table.decoding[leaving]]
         self._joining, self._leaving = [], []
@@ -312,11 +358,12 @@ class Scheduler:
             crossing = run[table.computed[run] == table.block_count[run] * size]
             if len(crossing) + len(copying) <= self.pool.available_count:
                 break
-            self._preempt(max(self._resident, key=lambda group: group.order))
+            self._preempt(plan, max(self._resident, key=lambda group: group.order))
         self._forked = []
         plan.decode_joins = joining[table.decoding[joining]] if len(joining) else joining
         if len(leaving):
-            plan.decode_leaves = leaving[table.block_count[leaving] > 0]
+            here = (table.block_count[leaving] > 0) & ~table.swapped[leaving]
+            plan.decode_leaves = leaving[here]
         if len(crossing):
             blocks = self.pool.allocate(len(crossing))
             table.blocks[crossing, table.block_count[crossing]] = blocks
@@ -423,6 +470,8 @@ class Scheduler:
         carried = 0
         while self._waiting and budget > 0 and carried < ADMITTED_TOKENS:
             group = self._waiting[0]
+            if self.swap.groups and self.swap.groups[0].order < group.order:
+                break
             sequence = group.waiting[0]
             if self._hopeless(sequence) or not self._seat_waiting(plan, group, sequence):
                 self._refused = (sequence, *self._room())
@@ -490,10 +539,62 @@ class Scheduler:
         else:
             self.totals.recomputed_tokens += length - cached
 
-    # Endings.
+    # Preemption.
 
-    def _preempt(self, group: SequenceGroup) -> None:
-        """Takes a whole group off the engine; what it had computed stays cached while it can."""
+    def _preempt(self, plan: Plan, group: SequenceGroup) -> None:
+        """Takes a whole group's blocks, by whichever way costs less."""
+        group.preemptions += 1
+        self.totals.preemptions += 1
+        del self._resident[group]
+        if self._is_cheaper_to_swap(group):
+            plan.swapped_out.append(self.swap.swap_out(group, plan.swapped_out))
+            self.totals.swaps += 1
+            self.totals.swapped_out_blocks += len(plan.swapped_out[-1].sources)
+        else:
+            self._take_off(group)
+
+    def _is_cheaper_to_swap(self, group: SequenceGroup) -> bool:
+        """Whether the group can be swapped and should be; one that is not all decoding cannot."""
+        begun = not group.waiting and not group.unforked
+        if not begun or any(sequence in self._prefilling for sequence in group.resident()):
+            return False
+        blocks = len(self.swap.blocks_of(group))
+        if blocks > self.swap.pool.available_count or self.limits.preemption == "recompute":
+            return False
+        tokens = blocks * self.limits.block_size
+        cheaper = self.costs.swap_us(blocks) <= self.costs.recompute_us(tokens)
+        return cheaper or self.limits.preemption == "swap"
+
+    def _swap_in(self, plan: Plan) -> None:
+        """Brings swapped groups back, first come first; they decode from the next plan on.
+
+        Not in a plan that swaps out: it would read host blocks after others were written there.
+        """
+        while self.swap.groups and not plan.swapped_out:
+            group = self.swap.groups[0]
+            precedes = bool(self._waiting) and self._waiting[0].order < group.order
+            blocks, sequences = len(self.swap.blocks_of(group)), len(group.resident())
+            # Room to write on, so that coming back does not cause the next preemption. Alone on
+            # the engine a group has that anyway, and has to come back whoever waits.
+            room = blocks + 2 * sequences + self.running_count // self.limits.block_size
+            if self._resident and (precedes or room > self.pool.available_count):
+                break
+            plan.swapped_in.append(self.swap.swap_in(group, plan.swapped_in))
+            self.totals.swapped_in_blocks += blocks
+            self._resident[group] = None
+            self._rejoin(group)
+
+    def _rejoin(self, group: SequenceGroup) -> None:
+        """Lets a group decode that is on the device again; tails may be shared since a fork."""
+        for sequence in group.resident():
+            slot = sequence.slot
+            if self.slots.length[slot] < self.slots.limit[slot]:
+                self._joining.append(sequence)
+                if self.slots.computed[slot] % self.limits.block_size:
+                    self._forked.append(sequence)
+
+    def _take_off(self, group: SequenceGroup) -> None:
+        """Releases a whole group; what it had computed stays cached while it can."""
         prompt = len(group.request.prompt)
         resident = group.resident()
         begun = any(self.slots.length[seq.slot] > prompt for seq in resident)
@@ -506,11 +607,10 @@ class Scheduler:
             group.waiting, group.unforked = unfinished, []
         else:
             group.waiting, group.unforked = unfinished[:1], unfinished[1:]
-        group.preemptions += 1
-        self.totals.preemptions += 1
-        del self._resident[group]
         if group not in self._waiting:
             self._enqueue(group)
+
+    # Endings.
 
     def _retire(self, sequence: Sequence, reason: FinishReason, *, publish: bool = True) -> None:
         group = sequence.group
@@ -537,14 +637,18 @@ class Scheduler:
         if sequence is None or self.slots.serial[slot] not in serials:
             return
         # Nobody may build on what this sequence computed.
-        self.pool.forget(self.slots.table(slot))
+        if not self.slots.swapped[slot]:
+            self.pool.forget(self.slots.table(slot))
         for failed in (sequence, *sequence.group.unforked):
             self._retire(failed, FinishReason.ERROR, publish=False)
             finished.append((failed, FinishReason.ERROR, reason))
 
     def _vacate(self, sequence: Sequence, *, publish: bool = True) -> None:
         slot = sequence.slot
-        if self.slots.block_count[slot]:
+        if self.slots.swapped[slot]:
+            self.swap.drop(sequence)
+            self._released.append(slot)
+        elif self.slots.block_count[slot]:
             if publish:
                 self._publish(sequence, generated=True)
             self.pool.release(self.slots.table(slot))

@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     index_timeout_ms: float = Field(5.0, gt=0, description="ms that a request waits for the index")
     steps_in_flight: int = Field(2, ge=1, le=4, description="plans sent ahead of results")
     chunk_tokens: int = Field(512, ge=1, description="tokens of one prompt in one step, at most")
+    preemption: Literal["auto", "swap", "recompute"] = Field(
+        "auto", description="what to do with a preempted request's blocks; auto: what costs less"
+    )
     max_waiting_requests: int = Field(1024, ge=1, description="requests in the queue, at most")
     orphan_grace_seconds: float = Field(
         30.0, ge=0, description="seconds for clients to come back to what a new leader took over"

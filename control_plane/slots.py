@@ -23,6 +23,7 @@ class SlotTable:
         block_count: entries of its row in `blocks` that are in use.
         serial: which occupant of the slot this is; results in flight carry it.
         decoding: it is in the decode batch that the engine keeps.
+        swapped: its row in `blocks` is of host blocks.
         owner: the occupant.
         tokens: int32 [slots, length]; pages of it are only touched as far as sequences grow.
         blocks: int32 [slots, blocks], the block tables.
@@ -38,6 +39,7 @@ class SlotTable:
         self.block_count = np.zeros(slot_count, np.int32)
         self.serial = np.zeros(slot_count, np.int64)
         self.decoding = np.zeros(slot_count, np.bool_)
+        self.swapped = np.zeros(slot_count, np.bool_)
         self.stop_ids = np.full((slot_count, MAX_STOP_IDS), -1, np.int32)
         self.owner = np.full(slot_count, None, object)
         self.tokens = np.zeros((slot_count, max_length + 1), np.int32)
@@ -61,7 +63,7 @@ class SlotTable:
         self.limit[slot] = request.length_limit
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
-        self.decoding[slot] = False
+        self.decoding[slot] = self.swapped[slot] = False
         self.length[slot] = self.known[slot] = self.computed[slot] = self.block_count[slot] = 0
         return slot
 
@@ -82,7 +84,7 @@ class SlotTable:
     def vacate(self, slot: int) -> None:
         self.owner[slot].slot = -1
         self.owner[slot] = None
-        self.decoding[slot] = False
+        self.decoding[slot] = self.swapped[slot] = False
         self.block_count[slot] = 0
         # Results in flight for the old occupant no longer match.
         self.serial[slot] += 1

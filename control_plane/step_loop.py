@@ -13,6 +13,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from control_plane import records
 from control_plane.engine_link import EngineFacts, Leadership, LinkLost
@@ -36,6 +37,7 @@ class LeaderSettings:
     own_address: str
     chunk_tokens: int = 512
     waiting_requests: int = 1024
+    preemption: Literal["auto", "swap", "recompute"] = "auto"
     steps_in_flight: int = 2
     heartbeat_seconds: float = 2.0
     retry_seconds: float = 0.1
@@ -91,6 +93,8 @@ class StepLoop:
                 model_fingerprint=facts.fingerprint,
                 block_size=facts.block_size,
                 block_count=facts.block_count,
+                host_block_count=facts.host_block_count,
+                preemption=settings.preemption,
                 slot_count=facts.slot_count,
                 max_length=facts.max_length,
                 step_tokens=facts.step_tokens,
@@ -305,7 +309,8 @@ class StepLoop:
             plan = scheduler.schedule()
             if self._settings.check_invariants:
                 scheduler.pool.check()
-            if not scheduler.pool.conserved:
+                scheduler.swap.pool.check()
+            if not (scheduler.pool.conserved and scheduler.swap.pool.conserved):
                 raise RuntimeError("a block was lost")
             if plan is None:
                 break
@@ -379,9 +384,7 @@ def _continues(generation: Generation, row: ResidentRow) -> bool:
     complete = (sampling.logprob_count < 0 or len(output) == known) and (
         sampling.prompt_logprob_count < 0 or scored >= min(row.computed, row.prompt_count - 1)
     )
-    # This scheduler never swaps out; what another one has is cheaper to compute than to fetch.
-    usable = complete and not row.swapped and sample.ending is None
-    return usable and output[:known] == sample.token_ids
+    return complete and sample.ending is None and output[:known] == sample.token_ids
 
 
 def _drain(results: deque[StepResult]) -> list[StepResult]:

@@ -74,6 +74,8 @@ def decode_tiling(family: Family, group: int, head_size: int, itemsize: int) -> 
     if head_size <= 64:
         keys *= 2
     rows = max(LEAST_ROWS, power_of_two(group))
+    if rows > 64:
+        return Tiling(rows, keys, 8, stages, programs=1, partial_cost=1)
     programs = 3 if family == "hopper" and rows == LEAST_ROWS else 2
     return Tiling(rows, keys, warps, stages, programs, partial_cost=1)
 

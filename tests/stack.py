@@ -186,6 +186,7 @@ async def running_stack(
     directory: Path | None = None,
     block_size: int = 16,
     block_count: int = 512,
+    host_block_count: int = 16,
     slot_count: int = 64,
     step_tokens: int = 256,
     max_length: int = 0,
@@ -196,7 +197,7 @@ async def running_stack(
     sizes = EngineSizes(
         block_size=block_size,
         block_count=block_count,
-        host_block_count=16,
+        host_block_count=host_block_count,
         slot_count=slot_count,
         step_tokens=step_tokens,
         max_length=max_length or model.facts.max_model_length,

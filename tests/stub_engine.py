@@ -40,17 +40,18 @@ def expected(prompt: list[int], count: int, sample_index: int = 0) -> list[int]:
 
 
 class StubEngine:
-    def __init__(self, limits: SchedulerLimits, host_blocks: int = 64) -> None:
+    def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
         self.state = ResidentState(
             limits.slot_count,
             limits.max_length,
             limits.block_size,
             limits.block_count,
-            host_blocks,
+            limits.host_block_count,
             VOCABULARY,
         )
         self.keys = np.full(limits.block_count * limits.block_size, -1, np.int64)
+        self.host_keys = np.full(limits.host_block_count * limits.block_size, -1, np.int64)
         self.fault: Callable[[int, np.ndarray], bool] = lambda slot, tokens: False
         self.prefill_tokens = 0
         self.messages: list[engine_pb2.StepPlan] = []
@@ -64,6 +65,9 @@ class StubEngine:
         moves = self.state.apply_moves(columns)
         size = self.limits.block_size
         rows = self.keys.reshape(-1, size)
+        host = self.host_keys.reshape(-1, size)
+        host[moves.swap_out[1]] = rows[moves.swap_out[0]]
+        rows[moves.swap_in[1]] = host[moves.swap_in[0]]
         rows[moves.copies[1]] = rows[moves.copies[0]]
         batch = self.state.lay_out(columns)
         self.prefill_tokens += int(batch.counts[batch.decode_count :].sum())

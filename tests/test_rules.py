@@ -43,7 +43,15 @@ WIRE_MODULES = {
     "control_plane/settings.py",
     "control_plane/utf8.py",
 }
-PURE_MODULES = {"blocks.py", "hashing.py", "plan.py", "request.py", "scheduler.py", "slots.py"}
+PURE_MODULES = {
+    "blocks.py",
+    "hashing.py",
+    "plan.py",
+    "request.py",
+    "scheduler.py",
+    "slots.py",
+    "swapping.py",
+}
 
 
 def sources(package: str) -> Iterator[tuple[str, ast.Module]]:

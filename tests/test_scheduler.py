@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from protos.control.v1 import record_pb2
 from tests.stub_engine import StubEngine, draw, expected
 
 
-def make_limits(**changes: int) -> SchedulerLimits:
+def make_limits(**changes: Any) -> SchedulerLimits:
     sizes = {
         "block_size": 16,
         "block_count": 64,
@@ -67,6 +68,7 @@ class Driver:
         while len(self._results) < self.depth:
             plan = self.scheduler.schedule()
             self.scheduler.pool.check()
+            self.scheduler.swap.pool.check()
             if plan is None:
                 break
             self.plans.append(plan)
@@ -292,7 +294,7 @@ def test_samples_with_prompt_logprobs_do_not_preempt_themselves_for_ever() -> No
     sampling = SamplingFields(prompt_logprob_count=0)
     pair = driver.submit(list(range(64)), "pair", max_tokens=32, sample_count=2, sampling=sampling)
     driver.step()
-    driver.scheduler._preempt(pair)
+    driver.scheduler.preempt(pair)
     driver.run(limit=200)
     assert driver.outputs(pair) == [expected(list(range(64)), 32, index) for index in range(2)]
 
@@ -317,7 +319,7 @@ def test_preempted_twice_while_it_is_resumed() -> None:
     for _ in range(12):
         driver.step()
     for _ in range(4):
-        driver.scheduler._preempt(group)
+        driver.scheduler.preempt(group)
         driver.step()
         driver.step()
     driver.run()
@@ -372,6 +374,69 @@ def test_new_leader_goes_on_without_recomputing(steps: int) -> None:
             assert successor.output[sequence] == expected(prompt, 40, sequence.sample_index)
 
 
+@pytest.mark.parametrize(("sample_count", "block_count"), [(1, 12), (3, 16)])
+def test_new_leader_brings_back_what_the_former_one_swapped_out(
+    sample_count: int, block_count: int
+) -> None:
+    limits = make_limits(block_count=block_count, host_block_count=32, preemption="swap")
+    driver = Driver(limits)
+    groups = [
+        driver.submit(list(range(i, i + 50)), f"r{i}", max_tokens=60, sample_count=sample_count)
+        for i in range(2)
+    ]
+    while not driver.scheduler.swap.groups:
+        assert driver.step()
+    computed = driver.engine.prefill_tokens
+    successor = _take_over(driver, groups)
+    assert [group.request.request_id for group in successor.scheduler.swap.groups] == ["r1"]
+    successor.run()
+    assert driver.engine.prefill_tokens == computed
+    assert successor.scheduler.swap.pool.used_count == 0
+    for sequence, output in successor.output.items():
+        prompt = sequence.group.request.prompt.tolist()
+        assert output == expected(prompt, 60, sequence.sample_index)
+    assert len(successor.output) == 2 * sample_count
+
+
+def test_shared_blocks_are_swapped_once() -> None:
+    """Samples of one prompt share its blocks in host memory, and again when they are back."""
+    driver = Driver(make_limits(block_count=40, host_block_count=40, preemption="swap"), depth=1)
+    group = driver.submit(list(range(100)), max_tokens=40, sample_count=4)
+    for _ in range(6):
+        driver.step()
+    used = driver.scheduler.pool.used_count
+    assert used == 6 + 4
+    driver.scheduler.preempt(group)
+    driver.step()
+    assert driver.scheduler.swap.pool.used_count == used
+    assert driver.scheduler.pool.used_count == 0
+    driver.run()
+    assert driver.scheduler.totals.swapped_in_blocks == used
+    assert driver.outputs(group) == [expected(list(range(100)), 40, index) for index in range(4)]
+
+
+def test_the_cheaper_way_to_preempt_is_chosen() -> None:
+    for moves_us, forward_us, swaps in ((1_000_000, 10, 0), (10, 1_000_000, 1)):
+        limits = make_limits(block_count=16, host_block_count=32)
+        driver = Driver(limits, depth=1)
+        driver.scheduler.costs.observe(1, 0, moves_us, 0)
+        driver.scheduler.costs.observe(0, 64, 0, forward_us)
+        for i in range(2):
+            driver.submit(list(range(i, i + 90)), f"r{i}", max_tokens=60)
+        driver.run()
+        assert driver.scheduler.totals.preemptions > 0
+        assert bool(driver.scheduler.totals.swaps) == bool(swaps)
+
+
+def test_a_swap_space_that_is_full_means_recomputing() -> None:
+    driver = Driver(make_limits(block_count=16, host_block_count=3, preemption="swap"))
+    groups = [driver.submit(list(range(i, i + 90)), f"r{i}", max_tokens=60) for i in range(2)]
+    driver.run()
+    assert driver.scheduler.totals.preemptions > 0 and driver.scheduler.totals.swaps == 0
+    for i, group in enumerate(groups):
+        assert driver.outputs(group) == [expected(list(range(i, i + 90)), 60)]
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_random_histories(seed: int) -> None:
     """Arrivals, cancels, preemptions and stops at random; tokens and blocks stay right."""
@@ -379,6 +444,8 @@ def test_random_histories(seed: int) -> None:
     limits = make_limits(
         block_size=rng.choice([4, 8, 16]),
         block_count=rng.choice([24, 40, 80]),
+        host_block_count=rng.choice([0, 10, 100]),
+        preemption=rng.choice(["auto", "swap", "recompute"]),
         slot_count=rng.choice([4, 9]),
         step_tokens=rng.choice([16, 40]),
         chunk_tokens=rng.choice([8, 40]),
@@ -406,7 +473,7 @@ def test_random_histories(seed: int) -> None:
         if rng.random() < 0.1:
             driver.scheduler.cancel(rng.choice(groups))
         if driver.scheduler._resident and rng.random() < 0.1:
-            driver.scheduler._preempt(rng.choice(list(driver.scheduler._resident)))
+            driver.scheduler.preempt(rng.choice(list(driver.scheduler._resident)))
     driver.run()
     for group in groups:
         prompt = group.request.prompt.tolist()
@@ -422,5 +489,6 @@ def test_random_histories(seed: int) -> None:
             else:
                 assert output == want
     assert driver.scheduler.pool.used_count == 0
+    assert driver.scheduler.swap.pool.used_count == 0
     assert driver.engine.state.reference_counts.sum() == 0
     assert draw(np.array([1]), 0) >= 0

@@ -36,11 +36,12 @@ from tests.kernel_cases import (
     TOLERANCE,
     TRITON_DTYPES,
     Case,
+    address_space,
     edges,
     filled_with_nan,
     relative_error,
 )
-from tests.triton_interpreter import faithful_floats
+from tests.triton_interpreter import faithful
 
 # Triton 3.6 asks numpy for what it has come to warn of.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -55,7 +56,7 @@ SLOPES = torch.tensor([0.5, 0.25, 0.01, 0.0])
 def as_devices_compute() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with faithful_floats():
+    with faithful():
         yield
     torch.set_num_threads(threads)
 
@@ -262,12 +263,15 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     check(case)
 
 
-def test_rows_of_a_merged_projection() -> None:
-    """Queries that are neighbours of keys and values in memory."""
-    case = make(MIXED)
-    merged = filled_with_nan((case.query.shape[0], 8, 32), torch.float32, DEVICE)
-    merged[:, :4] = case.query
-    case.query = merged[:, :4]
+@pytest.mark.parametrize("step", [8 * 32, (1 << 28) + 16])
+def test_rows_of_a_merged_projection(step: int) -> None:
+    """Queries with keys and values between them, or so much that they are beyond 2^32."""
+    case = make([(1, 40), (1, 3), (9, 30), (7, 7)])
+    count = case.query.shape[0]
+    memory = address_space(step * count, torch.float32, DEVICE)
+    merged = memory.as_strided((count, 4, 32), (step, 32, 1))
+    merged.copy_(case.query)
+    case.query = merged
     check(case)
 
 

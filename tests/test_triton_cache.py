@@ -19,7 +19,7 @@ from tests.kernel_cases import (
     filled_with_nan,
     slab_views,
 )
-from tests.triton_interpreter import faithful_floats
+from tests.triton_interpreter import faithful
 
 # Triton 3.6 asks numpy for what it has come to warn of.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -31,7 +31,7 @@ SLOTS = [40, 41, 42, 43, 44, 45, 46, 47, -1, 15, 14, 0, -1, 55]
 
 @pytest.fixture(autouse=True, scope="module")
 def as_devices_compute() -> Iterator[None]:
-    with faithful_floats():
+    with faithful():
         yield
 
 

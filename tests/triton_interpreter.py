@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter compute with bfloat16 and e4m3 as a device does.
+"""Makes Triton's interpreter compute as a device does, or stop where it cannot.
 
 The interpreter keeps both formats as unsigned integers. Left as it is, its matrix
 product multiplies the bits of bfloat16 as if they were numbers, and so do sums and
@@ -10,6 +10,9 @@ places where a device does. What they do not: how matrix units add (here it is f
 from left to right or in BLAS's order), and that a device's conversions and the compiler's
 are right. Arithmetic on either format outside of a matrix product raises TypeError, since
 the kernels are meant to do it in float32, where devices agree.
+
+What a masked load brings where it does not load is undefined unless the load says so. The
+interpreter brings zeros, a device whatever was there; here it is NaN, or 123.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
 TORCH = {
     tl.bfloat16: torch.bfloat16,
@@ -43,12 +46,14 @@ ARITHMETIC = [
 
 
 @contextmanager
-def faithful_floats() -> Iterator[None]:
+def faithful() -> Iterator[None]:
     """While this is open. Without effect on kernels that are compiled."""
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         for name in ("cast_impl", "create_fp_to_fp"):
             patch.setattr(InterpreterBuilder, name, _converting(getattr(InterpreterBuilder, name)))
         patch.setattr(InterpreterBuilder, "create_dot", _widening(InterpreterBuilder.create_dot))
+        load = InterpreterBuilder.create_masked_load
+        patch.setattr(InterpreterBuilder, "create_masked_load", _poisoning(load))
         for name in ARITHMETIC:
             # Not every release has all of them.
             if hasattr(InterpreterBuilder, name):
@@ -68,6 +73,21 @@ def _convert(handle: TensorHandle, target: tl.dtype) -> TensorHandle:
     if target in AS_INTEGERS:
         converted = converted.view(torch.uint16 if target == tl.bfloat16 else torch.uint8)
     return TensorHandle(converted.numpy(), target)
+
+
+def _poisoning(original: Callable[..., Any]) -> Callable[..., Any]:
+    def masked_load(builder: Any, places: TensorHandle, mask: Any, other: Any, *rest: Any) -> Any:
+        if other is None:
+            element = places.get_element_ty()
+            poison = {tl.bfloat16: 0x7FC0, tl.float8e4nv: 0x7F}.get(element)
+            numpy_type = _get_np_dtype(element)
+            if poison is None:
+                poison = np.nan if element.is_floating() else 0x7B if element.is_int() else 0
+            filled = np.full(places.data.shape, poison, dtype=numpy_type)
+            other = TensorHandle(filled, element)
+        return original(builder, places, mask, other, *rest)
+
+    return masked_load
 
 
 def _converting(original: Callable[..., Any]) -> Callable[..., Any]:

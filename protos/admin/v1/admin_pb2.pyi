@@ -20,6 +20,7 @@ class SequenceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SEQUENCE_STATE_WAITING: _ClassVar[SequenceState]
     SEQUENCE_STATE_PREFILL: _ClassVar[SequenceState]
     SEQUENCE_STATE_DECODE: _ClassVar[SequenceState]
+    SEQUENCE_STATE_SWAPPED: _ClassVar[SequenceState]
 ENGINE_STATE_UNSPECIFIED: EngineState
 ENGINE_STATE_CONNECTING: EngineState
 ENGINE_STATE_LED: EngineState
@@ -28,6 +29,7 @@ SEQUENCE_STATE_UNSPECIFIED: SequenceState
 SEQUENCE_STATE_WAITING: SequenceState
 SEQUENCE_STATE_PREFILL: SequenceState
 SEQUENCE_STATE_DECODE: SequenceState
+SEQUENCE_STATE_SWAPPED: SequenceState
 
 class ListEnginesRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
@@ -46,7 +48,7 @@ class ListEnginesResponse(_message.Message):
     def __init__(self, engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class Engine(_message.Message):
-    __slots__ = ("engine_id", "address", "state", "model", "incarnation", "epoch", "block_size_tokens", "block_count", "free_block_count", "cached_block_count", "used_block_count", "running_sequence_count", "waiting_request_count", "step", "prefix_hit_token_count", "prefix_query_token_count", "preemption_count", "leader_address")
+    __slots__ = ("engine_id", "address", "state", "model", "incarnation", "epoch", "block_size_tokens", "block_count", "free_block_count", "cached_block_count", "used_block_count", "running_sequence_count", "waiting_request_count", "step", "prefix_hit_token_count", "prefix_query_token_count", "preemption_count", "leader_address", "host_block_count", "used_host_block_count", "swap_count")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +67,9 @@ class Engine(_message.Message):
     PREFIX_QUERY_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     PREEMPTION_COUNT_FIELD_NUMBER: _ClassVar[int]
     LEADER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    USED_HOST_BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SWAP_COUNT_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     address: str
     state: EngineState
@@ -83,7 +88,10 @@ class Engine(_message.Message):
     prefix_query_token_count: int
     preemption_count: int
     leader_address: str
-    def __init__(self, engine_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[_Union[EngineState, str]] = ..., model: _Optional[str] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., block_count: _Optional[int] = ..., free_block_count: _Optional[int] = ..., cached_block_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., running_sequence_count: _Optional[int] = ..., waiting_request_count: _Optional[int] = ..., step: _Optional[int] = ..., prefix_hit_token_count: _Optional[int] = ..., prefix_query_token_count: _Optional[int] = ..., preemption_count: _Optional[int] = ..., leader_address: _Optional[str] = ...) -> None: ...
+    host_block_count: int
+    used_host_block_count: int
+    swap_count: int
+    def __init__(self, engine_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[_Union[EngineState, str]] = ..., model: _Optional[str] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., block_count: _Optional[int] = ..., free_block_count: _Optional[int] = ..., cached_block_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., running_sequence_count: _Optional[int] = ..., waiting_request_count: _Optional[int] = ..., step: _Optional[int] = ..., prefix_hit_token_count: _Optional[int] = ..., prefix_query_token_count: _Optional[int] = ..., preemption_count: _Optional[int] = ..., leader_address: _Optional[str] = ..., host_block_count: _Optional[int] = ..., used_host_block_count: _Optional[int] = ..., swap_count: _Optional[int] = ...) -> None: ...
 
 class ListSequencesRequest(_message.Message):
     __slots__ = ("engine_id", "page_size", "page_token")
