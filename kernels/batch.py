@@ -73,6 +73,15 @@ class AttentionBatch:
             host,
         )
 
+    def again(self) -> AttentionBatch:
+        """The same columns without what was derived from them: for a capture after a warm-up.
+
+        What is derived while a graph is captured becomes part of it, and is derived anew in
+        each replay; what was derived before is what it was then.
+        """
+        columns = (self.query_starts, self.context_lengths, self.block_tables, self.slot_mapping)
+        return AttentionBatch(*columns, self.decode_count, self.host)
+
     def derive(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
         """What `make` returns, computed for the first layer that asks and kept for the others."""
         if key not in self._derived:
@@ -101,8 +110,15 @@ def _check(host: HostColumns, decode_count: int) -> None:
         raise ValueError(f"block_tables must have {sequences} rows, one a sequence")
     if host.query_starts[-1] != tokens:
         raise ValueError(f"slot_mapping must have one entry a token, {int(host.query_starts[-1])}")
-    if not 0 <= decode_count <= sequences or host.query_starts[decode_count] != decode_count:
+    counts = host.query_starts.diff()
+    if host.query_starts[0] != 0 or bool((counts < 0).any()):
+        raise ValueError("query_starts must begin with 0 and not fall")
+    if not 0 <= decode_count <= sequences or bool((counts[:decode_count] != 1).any()):
         raise ValueError(f"decode_count {decode_count} sequences do not have one query each")
+    if bool((host.context_lengths < 0).any()):
+        raise ValueError("context_lengths must not be negative")
+    if sequences and not host.block_tables.shape[1]:
+        raise ValueError("block_tables must have at least one column")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """What the kernels accept. All is checked before anything is launched.
 
-Shapes, dtypes, devices and strides cost nothing to look at. Block ids are looked at
-where they are in host memory; ids on the device are checked there, at the price of
-waiting for it, when the environment has QUIRE_CHECK_KERNELS=1.
+Shapes, dtypes, devices and strides cost nothing to look at. Ids of copies and swaps are
+looked at in host memory, and on a CPU those of block tables and slots too. On a GPU the
+latter are checked on the device when the environment has QUIRE_CHECK_KERNELS=1, at the
+price of waiting for it, which also means that no graph can be captured.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ def check_attention(
         raise ValueError(
             f"query must be [{tokens}, H, {key_blocks.shape[3]}], not {list(query.shape)}"
         )
+    if batch.slot_mapping.device != query.device:
+        raise ValueError(f"batch is on {batch.slot_mapping.device}, query on {query.device}")
+    block_size = key_blocks.shape[2]
+    batch.derive(("wide enough", block_size), lambda: _check_width(batch, block_size))
     heads, kv_heads = query.shape[1], key_blocks.shape[1]
     if heads == 0 or heads % kv_heads:
         raise ValueError(f"query must have a multiple of {kv_heads} heads, not {heads}")
@@ -52,6 +57,8 @@ def check_attention(
         tensor = getattr(options, name)
         if tensor is not None:
             _check_vector(name, tensor, heads, query.device)
+    if options.alibi_slopes is not None and options.alibi_slopes.dtype != torch.float32:
+        raise ValueError(f"alibi_slopes must be float32, not {options.alibi_slopes.dtype}")
     if query.is_cuda:
         check_triton(key_blocks, heads // kv_heads)
         if query.stride(2) != 1:
@@ -73,6 +80,8 @@ def check_write(
     """Raises ValueError, naming the argument."""
     check_cache(key_blocks, value_blocks)
     expected = (batch.slot_mapping.shape[0], key_blocks.shape[1], key_blocks.shape[3])
+    if batch.slot_mapping.device != key.device:
+        raise ValueError(f"batch is on {batch.slot_mapping.device}, key on {key.device}")
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != expected:
             raise ValueError(f"{name} must be {list(expected)}, not {list(tensor.shape)}")
@@ -199,6 +208,13 @@ def _check_vector(name: str, tensor: Tensor, size: int, device: torch.device) ->
         raise ValueError(
             f"{name} must be [{size}] on {device}, not {list(tensor.shape)} on {tensor.device}"
         )
+
+
+def _check_width(batch: AttentionBatch, block_size: int) -> None:
+    """On the host's columns, once a step."""
+    contexts, columns = batch.host.context_lengths, batch.host.block_tables.shape[1]
+    if contexts.numel() and int(contexts.max()) > columns * block_size:
+        raise ValueError(f"block_tables has too few columns for {int(contexts.max())} keys")
 
 
 def check_ids(batch: AttentionBatch, key_blocks: Tensor) -> None:

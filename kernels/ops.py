@@ -9,6 +9,7 @@ it: an engine on a CPU runs without.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ def paged_attention(
         return torch_attention.paged_attention(query, key_blocks, value_blocks, batch, options)
     from kernels import triton_paged
 
-    parts = triton_paged.plan(batch, query, key_blocks, sliding_window)
+    with _on(query):
+        parts = triton_paged.plan(batch, query, key_blocks, sliding_window)
     result: Tensor = torch.ops.quire.paged_attention(
         query,
         key_blocks,
@@ -187,14 +189,15 @@ def _attention_cuda(
     from kernels import triton_paged
 
     parts = triton_paged.unflatten(work, cut)
-    return triton_paged.attend_parts(
-        query,
-        key_blocks,
-        value_blocks,
-        block_tables,
-        parts,
-        Options(*options),  # type: ignore[arg-type]
-    )
+    with _on(query):
+        return triton_paged.attend_parts(
+            query,
+            key_blocks,
+            value_blocks,
+            block_tables,
+            parts,
+            Options(*options),  # type: ignore[arg-type]
+        )
 
 
 def _attention_fake(query: Tensor, *arguments: object) -> Tensor:
@@ -218,7 +221,8 @@ def _write_cpu(
 def _write_cuda(*arguments: Tensor) -> None:
     from kernels import triton_cache
 
-    triton_cache.write_cache(*arguments)
+    with _on(arguments[0]):
+        triton_cache.write_cache(*arguments)
 
 
 def _copy_cpu(slab: Tensor, sources: Tensor, destinations: Tensor) -> None:
@@ -229,13 +233,20 @@ def _copy_cuda(slab: Tensor, sources: Tensor, destinations: Tensor) -> None:
     from kernels import triton_cache
 
     ids = (ids.to(slab.device, non_blocking=True) for ids in (sources, destinations))
-    triton_cache.copy_blocks(slab, *ids)
+    with _on(slab):
+        triton_cache.copy_blocks(slab, *ids)
 
 
 def _swap_cuda(*arguments: Tensor) -> None:
     from kernels import triton_cache
 
-    triton_cache.swap_blocks(*arguments)
+    with _on(arguments[0] if arguments[0].is_cuda else arguments[1]):
+        triton_cache.swap_blocks(*arguments)
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device its arguments are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _nothing(*arguments: object) -> None:

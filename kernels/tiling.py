@@ -1,9 +1,9 @@
 """How large the pieces are that one program works on, by kind of work, geometry and device.
 
 The compiler says what fits (registers, shared memory, spills, which matrix units are
-used): `python -m benchmarks.sass` prints it for every tiling of this page, and tests
-hold it. Which of those that fit is fastest only a GPU can say: `make bench-gpu` with
-`--tune` tries a grid of them.
+used): `python -m benchmarks.sass` prints it, and tests hold it for groups of up to 32
+query heads; with more the registers spill for some types. Which of those that fit is
+fastest only a GPU can say: `make bench-gpu` with `--tune` tries a grid of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-# hopper: sm_90 and later. ampere: sm_80 to sm_89. cdna: AMD's gfx9, with 64 KiB of
+# hopper: sm_90 and sm_100. ampere: the others from sm_80 on. cdna: AMD's gfx9, with 64 KiB of
 # shared memory and 512 registers a thread.
 Family = Literal["hopper", "ampere", "cdna"]
 # The matrix units take no fewer rows.
@@ -39,19 +39,20 @@ class Tiling:
         return self.rows // group
 
 
-# Keys, warps, stages of decodes: heads up to 128 wide, and up to 256.
-DECODE: dict[tuple[Family, int], tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+# Keys, warps, stages and programs of decodes: heads up to 128 wide, and up to 256.
+Decode = tuple[int, int, int, int]
+DECODE: dict[tuple[Family, int], tuple[Decode, Decode]] = {
     # Tiles of 16 KiB, two of keys and two of values on their way: three programs fit on a
     # multiprocessor and ask memory for 192 KiB at a time.
-    ("hopper", 2): ((64, 4, 3), (32, 4, 3)),
-    # Converting takes registers: larger tiles spill.
-    ("hopper", 1): ((64, 4, 3), (64, 8, 3)),
-    ("hopper", 4): ((16, 8, 3), (16, 8, 3)),
-    ("ampere", 2): ((64, 4, 3), (32, 4, 3)),
-    ("ampere", 1): ((64, 4, 3), (64, 8, 3)),
-    ("ampere", 4): ((16, 8, 3), (16, 8, 3)),
-    ("cdna", 2): ((64, 4, 2), (32, 4, 2)),
-    ("cdna", 4): ((16, 4, 2), (16, 4, 2)),
+    ("hopper", 2): ((64, 4, 3, 3), (32, 4, 3, 3)),
+    # Converting takes registers: larger tiles spill, and fewer programs fit.
+    ("hopper", 1): ((64, 4, 3, 2), (64, 8, 3, 1)),
+    ("hopper", 4): ((16, 8, 3, 3), (16, 8, 3, 2)),
+    ("ampere", 2): ((64, 4, 3, 2), (32, 4, 3, 2)),
+    ("ampere", 1): ((64, 4, 3, 2), (64, 8, 3, 1)),
+    ("ampere", 4): ((16, 8, 3, 2), (16, 8, 3, 1)),
+    ("cdna", 2): ((64, 4, 2, 2), (32, 4, 2, 2)),
+    ("cdna", 4): ((16, 4, 2, 2), (16, 4, 2, 1)),
 }
 # Rows, keys, warps, stages of long chunks, likewise.
 PREFILL: dict[tuple[Family, int], tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
@@ -70,13 +71,15 @@ PREFILL: dict[tuple[Family, int], tuple[tuple[int, int, int, int], tuple[int, in
 
 def decode_tiling(family: Family, group: int, head_size: int, itemsize: int) -> Tiling:
     """For one query a sequence. group: query heads per key/value head. itemsize: of the cache."""
-    keys, warps, stages = DECODE[family, itemsize][head_size > 128]
+    large = head_size > 128
+    keys, warps, stages, programs = DECODE[family, itemsize][large]
     if head_size <= 64:
         keys *= 2
     rows = max(LEAST_ROWS, power_of_two(group))
     if rows > 64:
-        return Tiling(rows, keys, 8, stages, programs=1, partial_cost=1)
-    programs = 3 if family == "hopper" and rows == LEAST_ROWS else 2
+        warps = 8
+    if rows > LEAST_ROWS:
+        programs = min(programs, 1 if rows > 64 or (rows > 32 and large) else 2)
     return Tiling(rows, keys, warps, stages, programs, partial_cost=1)
 
 
@@ -93,7 +96,8 @@ def prefill_tiling(
     rows = max(least, min(power_of_two(longest * group), widest))
     if rows < widest and itemsize < 4:
         warps = 4
-    programs, partial_cost = (1, 4) if rows >= 128 else (2, 4 if rows == 64 else 2)
+    programs = 1 if rows >= 128 or (itemsize == 1 and head_size > 128) else 2
+    partial_cost = 4 if rows >= 64 else 2
     return Tiling(rows, keys, warps, stages, programs, partial_cost)
 
 
@@ -107,7 +111,9 @@ def family_of(device: torch.device) -> Family:
     """The kind of device. The interpreter, which has none, is tiled like Hopper."""
     if device.type != "cuda" or torch.version.hip:
         return "cdna" if torch.version.hip else "hopper"
-    return "hopper" if torch.cuda.get_device_capability(device) >= (9, 0) else "ampere"
+    major, _ = torch.cuda.get_device_capability(device)
+    # sm_120 has the matrix instructions and the shared memory of a smaller device.
+    return "hopper" if major in (9, 10) else "ampere"
 
 
 @lru_cache(maxsize=16)

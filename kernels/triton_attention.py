@@ -16,8 +16,8 @@ What makes it fast, and what undoes it:
 - A row's address is one 64-bit product and sum on a vector with one entry a row. Made
   by broadcasting over blocks and reshaping, it costs all asynchronous copies.
 - Rows beyond the last key read the last key again, and their scores are masked. No
-  load needs a mask, and nothing that another sequence left in a block, NaN included,
-  ever reaches the matrix units.
+  row needs a mask when it is loaded, and nothing that another sequence left in a block,
+  NaN included, ever reaches the matrix units.
 - Decodes mask every tile in one loop: a loop of its own for the last tile would begin
   to load it only when all others are done. Prefills have many turns and expensive
   masks, so there the tiles that every query sees whole have a loop without masks.
@@ -83,17 +83,18 @@ def attend(
     block_stride,
     GEOMETRY: tl.constexpr,
     DIMS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PARTIAL_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     ONE_QUERY: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """Grid (Hkv, items). A program has ROWS rows, of which its item uses PARTIAL_ROWS at most."""
+    """Grid (items * KV_HEADS), heads fastest. An item uses at most PARTIAL_ROWS of the ROWS."""
     HEAD_SIZE: tl.constexpr = GEOMETRY.head_size
     HEAD_STRIDE: tl.constexpr = GEOMETRY.head_stride
-    kv_head = tl.program_id(0)
-    item = items + tl.program_id(1) * ITEM_COLUMNS
+    kv_head = tl.program_id(0) % KV_HEADS
+    item = items + tl.program_id(0) // KV_HEADS * ITEM_COLUMNS
     sequence = tl.load(item)
     if sequence < 0:
         return
@@ -125,7 +126,8 @@ def attend(
 
     _store(
         output, lse, partial_output, partial_lse, sinks, row_max, row_sum, total * value_factor,
-        tl.load(item + 6), kv_head, row, head, token, real, inside, GROUP, HEAD_SIZE, PARTIAL_ROWS,
+        tl.load(item + 6), kv_head, row, head, token, real, inside,
+        KV_HEADS, GROUP, HEAD_SIZE, PARTIAL_ROWS,
     )  # fmt: skip
 
 
@@ -146,13 +148,14 @@ def _store(
     token,
     real,
     inside,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PARTIAL_ROWS: tl.constexpr,
 ):
     """A tile in one piece is written out; a partial goes where `merge` finds it."""
     dim = tl.arange(0, total.shape[1])
-    place = token * tl.num_programs(0) * GROUP + head
+    place = token * KV_HEADS * GROUP + head
     if partial < 0:
         if sinks is not None:
             sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
@@ -164,7 +167,7 @@ def _store(
             tl.store(lse + place, row_lse * LN_2, mask=real)
     else:
         total, row_lse = _normalise(row_max, row_sum, total)
-        place = (partial.to(tl.int64) * tl.num_programs(0) + kv_head) * PARTIAL_ROWS + row
+        place = (partial.to(tl.int64) * KV_HEADS + kv_head) * PARTIAL_ROWS + row
         tl.store(partial_output + place[:, None] * HEAD_SIZE + dim[None, :], total, mask=inside)
         tl.store(partial_lse + place, row_lse, mask=real)
 
@@ -352,7 +355,7 @@ def merge(
     partial_lse,
     tiles,
     sinks,
-    kv_heads,
+    KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     DIMS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -361,11 +364,11 @@ def merge(
 ):
     """Weigh each tile's partials by their share of the softmax's sum.
 
-    Grid (Hkv * PARTIAL_ROWS, query tiles): one program for one row of a tile.
+    Grid (query tiles * KV_HEADS * PARTIAL_ROWS), rows fastest: one program for one row.
     """
-    kv_head = tl.program_id(0) // PARTIAL_ROWS
     row = tl.program_id(0) % PARTIAL_ROWS
-    tile = tiles + tl.program_id(1) * TILE_COLUMNS
+    kv_head = tl.program_id(0) // PARTIAL_ROWS % KV_HEADS
+    tile = tiles + tl.program_id(0) // (PARTIAL_ROWS * KV_HEADS) * TILE_COLUMNS
     count = tl.load(tile + 3)
     if (count == 0) | (row >= tl.load(tile + 1) * GROUP):
         return
@@ -381,7 +384,7 @@ def merge(
     total = tl.zeros([DIMS], tl.float32)
     for at in range(0, count, AT_ONCE):
         piece = at + tl.arange(0, AT_ONCE)
-        place = ((first + piece) * kv_heads + kv_head) * PARTIAL_ROWS + row
+        place = ((first + piece) * KV_HEADS + kv_head) * PARTIAL_ROWS + row
         piece_lse = tl.load(partial_lse + place, mask=piece < count, other=float("-inf"))
         pieces = tl.load(
             partial_output + place[:, None] * HEAD_SIZE + dim[None, :],
@@ -397,7 +400,7 @@ def merge(
         total_max = new_max
     empty = total_sum == 0.0
     total_sum = tl.where(empty, 1.0, total_sum)
-    place = token * kv_heads * GROUP + head
+    place = token * KV_HEADS * GROUP + head
     tl.store(
         output + place * HEAD_SIZE + dim,
         (total / total_sum).to(output.dtype.element_ty),

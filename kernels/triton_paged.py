@@ -216,6 +216,7 @@ def part_launches(
         "partial_lse": partial_lse,
         "sinks": options.sinks,
         "DIMS": power_of_two(head_size),
+        "KV_HEADS": kv_heads,
         "GROUP": group,
         "PARTIAL_ROWS": tokens * group,
     }
@@ -225,13 +226,12 @@ def part_launches(
         "ONE_QUERY": one_query,
         **_inputs(query, key_blocks, value_blocks, block_tables, tiling, options),
     }
-    grid = (kv_heads, work.items.shape[0])
+    grid = (work.items.shape[0] * kv_heads,)
     launches = [Launch(attend, grid, shared | arguments, tiling.warps, tiling.stages)]
     if work.partial_count:
-        grid = (kv_heads * tokens * group, work.tiles.shape[0])
+        grid = (work.tiles.shape[0] * kv_heads * tokens * group,)
         arguments = {
             "tiles": work.tiles,
-            "kv_heads": kv_heads,
             "HEAD_SIZE": head_size,
             "AT_ONCE": PARTIALS_AT_ONCE,
         }
@@ -255,7 +255,7 @@ def _inputs(
         head_size=key_blocks.shape[3],
         keys=tiling.keys,
         stages=tiling.stages,
-        precision=precision(),
+        precision=_precision(key_blocks.dtype),
         paged=block_tables is not None,
         windowed=options.sliding_window is not None,
         softcap=options.softcap is not None,
@@ -281,6 +281,8 @@ def _inputs(
     }
 
 
-def precision() -> str:
+def _precision(dtype: torch.dtype) -> str:
     """Of float32 products, as torch's own matrix products have it."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -17,7 +17,9 @@ from kernels.work import WorkList
 
 ITEM_COLUMNS = tl.constexpr(work.ITEM_COLUMNS)
 TILE_COLUMNS = tl.constexpr(work.TILE_COLUMNS)
-LONE_SPEED = tl.constexpr(work.LONE_SPEED)
+IDLE = tl.constexpr(work.IDLE_DECODES)
+LEAST_IDLE = tl.constexpr(work.LEAST_IDLE)
+UNITS = tl.constexpr(work.UNITS)
 CHUNK_CANDIDATES = tl.constexpr(work.CHUNK_CANDIDATES)
 
 
@@ -144,8 +146,10 @@ def _choose_chunk(
         chunk = ((2 + at % 2) << (at // 2)) >> 1
         pieces = _pieces(spans, chunk, real)
         partials = tl.sum(tl.where(pieces > 1, pieces, 0))
-        busy = LONE_SPEED * (total + PARTIAL_COST * partials)
-        cost = busy + resident * tl.minimum(chunk, longest)
+        amount = total + PARTIAL_COST * partials
+        wave = tl.maximum(tl.minimum(chunk, longest), 1) * resident
+        filled = tl.where(amount > 0, (amount - 1) % wave + 1, 0)
+        cost = UNITS * amount + tl.maximum(IDLE * wave - UNITS * filled, LEAST_IDLE * wave)
         better = (tl.sum(pieces) <= capacity) & (cost <= best_cost)
         best = tl.where(better, chunk, best)
         best_cost = tl.where(better, cost, best_cost)

@@ -127,5 +127,5 @@ def test_decodes_are_as_many_at_once_as_planned(
     target: str, rows: dict[str, dict[str, Any]]
 ) -> None:
     """The planner cuts the work for so many programs on a multiprocessor."""
-    for row in chosen(rows, target, "decode", "bf16"):
+    for row in chosen(rows, target, "decode"):
         assert row["programs"] >= row["planned_programs"], row

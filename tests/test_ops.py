@@ -21,6 +21,7 @@ from tests.kernel_cases import FP8, Case
 from tests.models import tiny_model
 
 quire = torch.ops.quire
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def attention_arguments(case: Case) -> list[Any]:
@@ -35,7 +36,7 @@ def attention_arguments(case: Case) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, FP8], ids=str)
 def test_the_operator_is_the_function(dtype: torch.dtype) -> None:
-    case = Case([(1, 40), (1, 3), (20, 30)], dtype=dtype)
+    case = Case([(1, 40), (1, 3), (20, 30)], dtype=dtype, device=DEVICE)
     expected = kernels.paged_attention(
         case.query,
         case.key_blocks,
@@ -49,7 +50,7 @@ def test_the_operator_is_the_function(dtype: torch.dtype) -> None:
 
 
 def test_parts_survive_the_way_through_an_operator() -> None:
-    case = Case([(1, 400), (1, 3), (20, 30)])
+    case = Case([(1, 400), (1, 3), (20, 30)], device=DEVICE)
     parts = triton_paged.plan(case.batch(), case.query, case.key_blocks, 64)
     assert len(parts) == 2
     for part, back in zip(parts, triton_paged.unflatten(*triton_paged.flatten(parts)), strict=True):
@@ -61,23 +62,24 @@ def test_parts_survive_the_way_through_an_operator() -> None:
 
 def test_operators_keep_their_contracts() -> None:
     """Schemas say what is written to, and the fakes give the shapes of the real ones."""
-    case = Case([(1, 40), (2, 3)])
+    case = Case([(1, 40), (2, 3)], device=DEVICE)
     case.key_blocks.nan_to_num_(1)
     case.value_blocks.nan_to_num_(1)
     torch.library.opcheck(quire.paged_attention.default, tuple(attention_arguments(case)))
-    rows, slots = torch.randn(3, 2, 32), torch.tensor([3, -1, 20])
+    rows = torch.randn(3, 2, 32, device=DEVICE)
+    slots = torch.tensor([3, -1, 20], device=DEVICE)
     written = (rows, rows, case.key_blocks, case.value_blocks, slots, None, None)
     torch.library.opcheck(quire.write_cache.default, written)
-    slab, other = torch.randn(2, 2, 6, 4, 16)
+    slab, other = torch.randn(2, 2, 6, 4, 16, device=DEVICE)
     ids = torch.tensor([1, 2]), torch.tensor([4, 0])
     torch.library.opcheck(quire.copy_blocks.default, (slab, *ids))
     torch.library.opcheck(quire.swap_blocks.default, (slab, other, *ids))
 
 
 def test_torch_compile_sees_one_node_each() -> None:
-    case = Case([(1, 40), (2, 3)])
+    case = Case([(1, 40), (2, 3)], device=DEVICE)
     arguments = attention_arguments(case)
-    key = torch.randn(3, 2, 32)
+    key = torch.randn(3, 2, 32, device=DEVICE)
     slots = case.batch().slot_mapping
     graphs = []
 
@@ -121,8 +123,8 @@ def test_a_model_on_the_triton_kernels_gives_the_same_logits(
     """A prompt of 40 in chunks of 30 and 10, then two decodes, through a model's own code;
     with windows and softcap, and with sinks."""
     tiny_model(architecture, tmp_path)
-    model = load_model(tmp_path, dtype="float32")
-    plain = run_model(model)
+    plain = run_model(load_model(tmp_path, dtype="float32", device="cpu"))
+    model = load_model(tmp_path, dtype="float32", device=DEVICE)
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, **given: Any):
         return triton_paged.paged_attention(query, keys, values, batch, Options(**given))
@@ -132,13 +134,14 @@ def test_a_model_on_the_triton_kernels_gives_the_same_logits(
 
     monkeypatch.setattr(kernels, "paged_attention", attend)
     monkeypatch.setattr(kernels, "write_cache", write)
-    torch.testing.assert_close(run_model(model), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run_model(model).cpu(), plain, rtol=1e-4, atol=1e-5)
 
 
 def run_model(model: Any) -> Tensor:
     """Logits of the last token of each step."""
     facts = model.facts
-    cache = KVCache(facts.layer_count, 4, 0, facts.kv_head_count, 16, facts.head_size, facts.dtype)
+    geometry = (facts.kv_head_count, 16, facts.head_size, facts.dtype, model.device)
+    cache = KVCache(facts.layer_count, 4, 0, *geometry)
     tokens = torch.arange(42) * 7 % facts.vocabulary_size
     rows = []
     for start, stop in ((0, 30), (30, 40), (40, 41), (41, 42)):
@@ -150,9 +153,11 @@ def run_model(model: Any) -> Tensor:
             table,
             table[0, positions // 16].long() * 16 + positions % 16,
             decode_count=int(stop - start == 1),
+            device=model.device,
         )
         last = torch.tensor([stop - start - 1])
-        rows.append(model.forward(tokens[start:stop], positions, batch, cache, last))
+        inputs = (tokens[start:stop].to(model.device), positions.to(model.device))
+        rows.append(model.forward(*inputs, batch, cache, last.to(model.device)))
     return torch.cat(rows)
 
 
@@ -172,6 +177,61 @@ def test_options_out_of_range_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=name):
             kernels.paged_attention(*inputs, **({"scale": 1.0} | {name: bad}))
+
+
+def test_batches_that_would_read_elsewhere_are_named() -> None:
+    def columns(starts: list[int], contexts: list[int], width: int = 2) -> list[Tensor]:
+        table = torch.ones(len(contexts), width, dtype=torch.int32)
+        ints = (torch.tensor(each, dtype=torch.int32) for each in (starts, contexts))
+        return [*ints, table, torch.zeros(starts[-1], dtype=torch.int64)]
+
+    for name, given, decodes in (
+        ("decode_count", columns([0, 2, 2], [5, 5]), 2),
+        ("query_starts", columns([0, 3, 1, 4], [5, 5, 5]), 0),
+        ("query_starts", columns([1, 2], [5]), 0),
+        ("context_lengths", columns([0, 1], [-1]), 1),
+        ("block_tables", columns([0, 1], [0], width=0), 1),
+    ):
+        with pytest.raises(ValueError, match=name):
+            AttentionBatch.build(*given, decodes)
+    case = Case([(1, 20)])
+    narrow = AttentionBatch.build(*columns([0, 1], [33]), 1)
+    with pytest.raises(ValueError, match="block_tables"):
+        kernels.paged_attention(case.query, case.key_blocks, case.value_blocks, narrow, scale=1.0)
+    with pytest.raises(ValueError, match="batch"):
+        elsewhere = AttentionBatch.build(*columns([0, 1], [3]), 1, device="meta")
+        kernels.paged_attention(
+            case.query, case.key_blocks, case.value_blocks, elsewhere, scale=1.0
+        )
+
+
+def test_a_batch_given_anew_is_planned_anew() -> None:
+    """As a captured graph must: its lengths change in place."""
+    case = Case([(1, 400), (1, 40)], device=DEVICE)
+    batch = case.batch()
+    options = Options(case.scale)
+    inputs = (case.query, case.key_blocks, case.value_blocks)
+    triton_paged.paged_attention(*inputs, batch, options)
+    batch.context_lengths.copy_(torch.tensor([90, 30]))
+    stale = triton_paged.paged_attention(*inputs, batch, options)
+    again = triton_paged.paged_attention(*inputs, batch.again(), options)
+    case.lengths = [(1, 90), (1, 30)]
+    case.keys, case.values = ([rows[: n[1]] for rows, n in zip(kept, case.lengths, strict=True)]
+                              for kept in (case.keys, case.values))  # fmt: skip
+    expected, _ = case.reference()
+    assert (again.cpu() - expected).norm() / expected.norm() < 1e-5
+    assert (stale.cpu() - expected).norm() / expected.norm() > 1e-2
+
+
+def test_grids_fit_a_gpu() -> None:
+    """Only the first axis may be long: the others end at 65,535."""
+    query = torch.empty(70_000, 71, 64, device="meta")
+    cache = torch.empty(4, 1, 16, 64, device="meta")
+    work = triton_paged.WorkList(*torch.empty(2, 70_000, 8, dtype=torch.int32, device="meta"), 9)
+    part = triton_paged.Part(work, triton_paged.decode_tiling("hopper", 71, 64, 4), 1, False)
+    inputs = (torch.empty_like(query), query, cache, cache, None, part, Options(1.0))
+    for launch in triton_paged.part_launches(*inputs):
+        assert len(launch.grid) == 1 and launch.grid[0] < 1 << 31
 
 
 def test_an_fp8_cache_needs_its_scales() -> None:
