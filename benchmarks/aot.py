@@ -196,7 +196,7 @@ def _read_amd(assembly: str) -> tuple[int, int, list[Instruction]]:
     found = {name: int(value) for name, value in re.findall(rf"\.({names}):\s+(\d+)", assembly)}
     spilled = 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
     places: dict[str, int] = {}
-    words = []
+    words: list[list[str]] = []
     for line in _code_lines(assembly):
         if line.endswith(":"):
             places[line[:-1]] = len(words)

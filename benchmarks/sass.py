@@ -54,6 +54,7 @@ DTYPES = {
 # Queries of the longest chunk in a step: none, what a speculative step has, a prompt.
 LONGEST = {"decode": 0, "chunk": 8, "prefill": 4096}
 KV_HEADS = 2
+TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -130,63 +131,69 @@ def has_fp8(target: str) -> bool:
 
 
 def launch_of(subject: Subject) -> tuple[Launch, Tiling | None]:
-    """The launch, made of tensors without contents."""
+    """The launch, made of tensors without contents, and the tiling of attention itself."""
     if subject.kind == "plan":
-        lengths = torch.empty(subject.size, dtype=torch.int32, device="meta")
         window = 1024 if subject.options else None
+        lengths = _empty(torch.int32, subject.size)
         return plan_launch(lengths, 64, 198, subject.size + 396, 1, window)[0], None
     if subject.kind == "move":
-        slab = torch.empty(64, 100, 2, 8, 16, 128, dtype=torch.bfloat16, device="meta")
-        ids = torch.empty(3, dtype=torch.int64, device="meta")
-        return move_launch(slab.transpose(0, 1), slab.transpose(0, 1), ids, ids), None
+        slab = _empty(torch.bfloat16, 64, 100, 2, 8, 16, 128).transpose(0, 1)
+        ids = _empty(torch.int64, 3)
+        return move_launch(slab, slab, ids, ids), None
     if subject.kind == "write":
         return _write_launch(subject), None
     launches, tiling = _attention_launches(subject)
     return (launches[1], None) if subject.kind == "merge" else (launches[0], tiling)
 
 
-def _blocks(subject: Subject) -> list[torch.Tensor]:
-    """Keys and values of one layer of a block-major cache, on the meta device."""
-    shape = (64, 4, 2, KV_HEADS, subject.block_size, subject.size)
-    slab = torch.empty(shape, dtype=DTYPES[subject.dtype], device="meta")
-    return [slab[:, 1, 0], slab[:, 1, 1]]
+def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _blocks(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one layer of a block-major cache."""
+    dtype = DTYPES[subject.dtype]
+    slab = _empty(dtype, 64, 4, 2, KV_HEADS, subject.block_size, subject.size)
+    return slab[:, 1, 0], slab[:, 1, 1]
+
+
+def _scales(subject: Subject) -> torch.Tensor | None:
+    return _empty(torch.float32, KV_HEADS) if subject.dtype == "fp8" else None
 
 
 def _write_launch(subject: Subject) -> Launch:
-    dtype = torch.bfloat16 if subject.dtype == "fp8" else DTYPES[subject.dtype]
-    rows = torch.empty(48, KV_HEADS, subject.size, dtype=dtype, device="meta")
-    scales = torch.empty(KV_HEADS, device="meta") if subject.dtype == "fp8" else None
-    slots = torch.empty(48, dtype=torch.int64, device="meta")
-    return write_launch(rows, rows, *_blocks(subject), slots, scales, scales)
+    rows = _empty(_query_dtype(subject), TOKENS, KV_HEADS, subject.size)
+    keys, values = _blocks(subject)
+    scales = _scales(subject)
+    return write_launch(rows, rows, keys, values, _empty(torch.int64, TOKENS), scales, scales)
+
+
+def _query_dtype(subject: Subject) -> torch.dtype:
+    return torch.bfloat16 if subject.dtype == "fp8" else DTYPES[subject.dtype]
 
 
 def _attention_launches(subject: Subject) -> tuple[list[Launch], Tiling]:
     """Of a work list that has partials, so that the code for them is compiled too."""
     family, group = DEVICES[subject.target].family, subject.group
-    dtype = DTYPES[subject.dtype]
+    keys, values = _blocks(subject)
     longest = LONGEST.get(subject.kind, 0)
-    geometry = (family, group, subject.size, dtype.itemsize)
-    tiling = prefill_tiling(*geometry, longest) if longest else decode_tiling(*geometry)
+    tiling = decode_tiling(family, group, subject.size, keys.element_size())
+    if longest:
+        tiling = prefill_tiling(family, group, subject.size, keys.element_size(), longest)
     heads = KV_HEADS * group
-    query_dtype = torch.bfloat16 if subject.dtype == "fp8" else dtype
-    query = torch.empty(48, heads, subject.size, dtype=query_dtype, device="meta")
-    per_head = torch.empty(heads, device="meta")
-    options = Options(0.1, 128, 30.0, per_head, per_head) if subject.options else Options(0.1)
-    if subject.dtype == "fp8":
-        scales = torch.empty(KV_HEADS, device="meta")
-        options = options._replace(key_scales=scales, value_scales=scales)
-    numbers = {"dtype": torch.int32, "device": "meta"}
-    work = WorkList(
-        torch.empty(200, ITEM_COLUMNS, **numbers),  # type: ignore[arg-type]
-        torch.empty(64, TILE_COLUMNS, **numbers),  # type: ignore[arg-type]
-        160,
-    )
-    part = Part(work, tiling, tiling.tokens(group) if longest else 1, not longest)
-    lse = torch.empty(48, heads, device="meta") if subject.options else None
-    tables = torch.empty(48, 512, **numbers)  # type: ignore[arg-type]
+    query = _empty(_query_dtype(subject), TOKENS, heads, subject.size)
+    options, lse = Options(0.1), None
+    if subject.options:
+        per_head = _empty(torch.float32, heads)
+        options = Options(0.1, 128, 30.0, per_head, per_head)
+        lse = _empty(torch.float32, TOKENS, heads)
+    options = options._replace(key_scales=_scales(subject), value_scales=_scales(subject))
+    items, tiles = _empty(torch.int32, 200, ITEM_COLUMNS), _empty(torch.int32, 64, TILE_COLUMNS)
+    tokens = tiling.tokens(group) if longest else 1
+    part = Part(WorkList(items, tiles, 160), tiling, tokens, not longest)
+    tables = _empty(torch.int32, TOKENS, 512)
     output = torch.empty_like(query)
-    launches = part_launches(output, query, *_blocks(subject), tables, part, options, lse)
-    return launches, tiling
+    return part_launches(output, query, keys, values, tables, part, options, lse), tiling
 
 
 def measure(subject: Subject) -> Row:
