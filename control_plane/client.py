@@ -65,6 +65,8 @@ class Options(TypedDict, total=False):
     sample_count: int | None
     logprob_count: int | None
     prompt_logprob_count: int | None
+    # Beam search.
+    beam_search: pb.BeamSearch | None
 
 
 class CallError(Exception):

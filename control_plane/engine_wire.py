@@ -57,6 +57,9 @@ def encode_plan(plan: Plan, epoch: int) -> engine_pb2.StepPlan:
         fork_parents=_ints(plan.fork_parents),
         fork_children=_ints(plan.fork_children),
         fork_sample_indexes=_ints(plan.fork_samples),
+        beam_slots=_ints(plan.beam_slots),
+        beam_parents=_ints(plan.beam_parents),
+        beam_tokens=_ints(plan.beam_tokens),
         hashed_blocks=_ints(list(plan.hashed)),
         block_hashes=b"".join(plan.hashed.values()),
     )

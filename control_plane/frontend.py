@@ -129,7 +129,7 @@ class Frontend:
             prompt = await self._tokenise(message, tokenizer)
             fitting = pool_room(
                 len(prompt),
-                max(message.output.sample_count, 1),
+                max(message.output.sample_count, message.beam_search.width, 1),
                 facts.block_size,
                 facts.block_count,
             )
@@ -273,8 +273,11 @@ def _events(delta: Delta | None, generation: Generation) -> Iterable[pb.Generate
             )
         )
     if delta.ending is not None:
-        count = len(generation.samples[delta.sample].token_ids)
-        yield pb.GenerateResponse(finished=_finished(delta.sample, delta.ending, count))
+        sample = generation.samples[delta.sample]
+        finished = _finished(delta.sample, delta.ending, len(sample.token_ids))
+        if sample.score is not None:
+            finished.score = sample.score
+        yield pb.GenerateResponse(finished=finished)
 
 
 def _finished(sample: int, ending: Ending, token_count: int) -> pb.Finished:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Hashable, Iterator
 from dataclasses import dataclass, field
 
+from control_plane.beams import Hypothesis
 from control_plane.plan import Logprob
 from control_plane.request import FinishReason, Request, SequenceGroup
 from control_plane.text import SampleText
@@ -42,6 +43,8 @@ class Sample:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     ending: Ending | None = None
+    # Of a beam search's hypothesis.
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,15 @@ class Generation:
         else:
             sample.ending = Ending(reason, message=message)
         self._wake()
+
+    def end_beams(self, hypotheses: list[Hypothesis]) -> None:
+        """Ends every sample with a hypothesis of a beam search, best first."""
+        for index, hypothesis in enumerate(hypotheses):
+            self.samples[index].score = hypothesis.score
+            for token in hypothesis.tokens.tolist():
+                self.push(index, token)
+            stopped = hypothesis.stopped
+            self.end(index, FinishReason.STOP if stopped else FinishReason.LENGTH)
 
     def end_all(self, reason: FinishReason, message: str = "") -> None:
         for index in range(len(self.samples)):

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from control_plane.beams import Hypothesis
 from control_plane.blocks import Int32Array
-from control_plane.request import FinishReason, Sequence
+from control_plane.request import FinishReason, Sequence, SequenceGroup
 
 _EMPTY: Int32Array = np.zeros(0, np.int32)
 _EMPTY.flags.writeable = False
@@ -69,6 +70,9 @@ class Plan:
     fork_parents: list[int] = field(default_factory=list)
     fork_children: list[int] = field(default_factory=list)
     fork_samples: list[int] = field(default_factory=list)
+    beam_slots: list[int] = field(default_factory=list)
+    beam_parents: list[int] = field(default_factory=list)
+    beam_tokens: list[int] = field(default_factory=list)
     hashed: dict[int, bytes] = field(default_factory=dict)
     decode_count: int = 0
 
@@ -124,6 +128,7 @@ class Outcome:
         token_ids: int32 [n].
         finished: ended sequences with the reason and, for an error, its sentence.
         logprobs: by slot.
+        hypotheses: results of beam searches that have ended, best first.
         prompt_logprobs: (position, log-probability) pairs by sequence.
     """
 
@@ -133,6 +138,7 @@ class Outcome:
     finished: list[tuple[Sequence, FinishReason, str]]
     logprobs: dict[int, Logprob]
     prompt_logprobs: list[tuple[Sequence, list[tuple[int, Logprob]]]]
+    hypotheses: list[tuple[SequenceGroup, list[Hypothesis]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

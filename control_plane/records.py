@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from control_plane.beams import BeamFields, EarlyStopping
 from control_plane.blocks import Int32Array
 from control_plane.engine_link import EngineFacts
 from control_plane.hashing import PrefixHasher
@@ -95,14 +96,17 @@ def _request(
 ) -> Request:
     message = record.request
     sampling, stopping, output = message.sampling, message.stopping, message.output
-    stop_ids = () if stopping.ignore_eos else facts.eos_token_ids
+    ends = () if stopping.ignore_eos else facts.eos_token_ids
+    stop_ids = tuple(dict.fromkeys([*ends, *stopping.stop_token_ids]))
+    if message.HasField("beam_search"):
+        return _beam_request(record, data, prompt, hashes, facts, stop_ids)
     return Request(
         request_id=message.request_id,
         prompt=prompt,
         max_tokens=stopping.max_tokens,
         sample_count=_or(output, "sample_count", 1),
         min_tokens=stopping.min_tokens,
-        stop_ids=tuple(dict.fromkeys([*stop_ids, *stopping.stop_token_ids])),
+        stop_ids=stop_ids,
         sampling=SamplingFields(
             temperature=_or(sampling, "temperature", 1.0),
             top_k=sampling.top_k,
@@ -123,6 +127,45 @@ def _request(
     )
 
 
-def _or(message: pb.Sampling | pb.Output, field: str, default: Number) -> Number:
+_EARLY_STOPPING: dict[int, EarlyStopping] = {
+    pb.EARLY_STOPPING_UNSPECIFIED: "heuristic",
+    pb.EARLY_STOPPING_HEURISTIC: "heuristic",
+    pb.EARLY_STOPPING_FIRST: "first",
+    pb.EARLY_STOPPING_NEVER: "never",
+}
+
+
+def _beam_request(
+    record: record_pb2.SequenceRecord,
+    data: bytes,
+    prompt: Int32Array,
+    hashes: tuple[bytes, ...],
+    facts: EngineFacts,
+    stop_ids: tuple[int, ...],
+) -> Request:
+    """Beams are greedy sequences whose candidates the engine reports as log-probabilities."""
+    message = record.request
+    beams = BeamFields(
+        width=message.beam_search.width,
+        length_penalty=_or(message.beam_search, "length_penalty", 1.0),
+        early_stopping=_EARLY_STOPPING[message.beam_search.early_stopping],
+    )
+    candidates = min(beams.candidate_count(len(stop_ids)), facts.vocabulary_size)
+    return Request(
+        request_id=message.request_id,
+        prompt=prompt,
+        max_tokens=message.stopping.max_tokens,
+        sample_count=_or(message.output, "sample_count", 1),
+        stop_ids=stop_ids,
+        sampling=SamplingFields(temperature=0.0, logprob_count=candidates),
+        priority=message.priority,
+        hashes=hashes,
+        salt=record.tenant,
+        record=data,
+        beams=beams,
+    )
+
+
+def _or(message: pb.Sampling | pb.Output | pb.BeamSearch, field: str, default: Number) -> Number:
     value: Number = getattr(message, field)
     return value if message.HasField(field) else default

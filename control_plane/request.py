@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from control_plane.beams import BeamFields, BeamSearch
 from control_plane.blocks import Int32Array
 
 
@@ -40,6 +41,7 @@ class Request:
         min_tokens: no stop id is drawn before this many new tokens.
         stop_ids: end-of-sequence and stop ids that end a sample, at most `MAX_STOP_IDS`.
         record: opaque bytes from which any leader can rebuild this request.
+        beams: beam search; `sample_count` is then the number of hypotheses that are returned.
     """
 
     request_id: str
@@ -53,6 +55,12 @@ class Request:
     hashes: tuple[bytes, ...] = ()
     salt: str = ""
     record: bytes = b""
+    beams: BeamFields | None = None
+
+    @property
+    def sequence_count(self) -> int:
+        """Sequences that serve it: samples, or beams."""
+        return self.beams.width if self.beams else self.sample_count
 
     @property
     def length_limit(self) -> int:
@@ -64,11 +72,11 @@ class Request:
         return self.sampling.logprob_count >= 0 or self.sampling.prompt_logprob_count >= 0
 
     def blocks_at_worst(self, block_size: int) -> int:
-        """Blocks that all samples together can come to need: prompt shared, the rest their own."""
+        """Blocks that all sequences can come to need: prompt shared, the rest their own."""
         shared = len(self.prompt) // block_size
         # The last token's keys and values are never written.
         longest = -(-(self.length_limit - 1) // block_size)
-        return shared + self.sample_count * max(longest - shared, 0)
+        return shared + self.sequence_count * max(longest - shared, 0)
 
 
 # End-of-sequence ids and the client's stop ids together; one row of the slot table holds them.
@@ -84,7 +92,7 @@ class FinishReason(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One sample of a request.
+    """One sample of a request, or one beam.
 
     Attributes:
         slot: its row in both planes' tables, -1 while it has none.
@@ -127,6 +135,7 @@ class SequenceGroup:
     unforked: list[Sequence] = field(default_factory=list)
     admitted: bool = False
     preemptions: int = 0
+    beams: BeamSearch | None = None
 
     @classmethod
     def of(cls, request: Request, arrival: int) -> SequenceGroup:
@@ -134,8 +143,12 @@ class SequenceGroup:
         group = cls(request, arrival)
         group.sequences = [
             Sequence(group, index, request.prompt, list(request.hashes))
-            for index in range(request.sample_count)
+            for index in range(request.sequence_count)
         ]
+        if request.beams:
+            group.beams = BeamSearch(
+                request.beams, len(request.prompt), request.length_limit, request.stop_ids
+            )
         group.waiting = group.sequences[:1]
         group.unforked = group.sequences[1:]
         return group

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from control_plane.beams import BeamSearch, Hypothesis
 from control_plane.blocks import BlockPool, Int32Array
 from control_plane.hashing import PrefixHasher
 from control_plane.plan import Admission, Outcome, Plan, ResidentRow, StepResult
@@ -114,6 +115,9 @@ class Scheduler:
         self._joining: list[Sequence] = []
         self._leaving: list[Int32Array] = []
         self._forked: list[Sequence] = []
+        # Searches whose beams know how to go on, and those whose beams do so in the present plan.
+        self._branching: list[SequenceGroup] = []
+        self._branched: list[SequenceGroup] = []
         self._in_flight: deque[_InFlight] = deque()
         # The head of the queue when it was last refused, and the room there was for it.
         self._refused: tuple[Sequence, int, int, int] | None = None
@@ -151,9 +155,9 @@ class Scheduler:
                 f"needs up to {blocks} blocks of {self.limits.block_size} tokens; "
                 f"the pool has {self.limits.block_count}"
             )
-        if request.sample_count > self.limits.slot_count:
+        if request.sequence_count > self.limits.slot_count:
             raise NeverFits(
-                f"needs {request.sample_count} slots; the engine has {self.limits.slot_count}"
+                f"needs {request.sequence_count} slots; the engine has {self.limits.slot_count}"
             )
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -180,6 +184,7 @@ class Scheduler:
             if group in self._resident:
                 self._preempt(plan, group)
         self._unwanted = []
+        self._branch_beams(plan)
         run = self._decodes(plan)
         plan.decode_count = len(run)
         self._swap_in(plan)
@@ -219,6 +224,10 @@ class Scheduler:
             slots, tokens = slots[current], tokens[current]
         table.tokens[slots, table.known[slots]] = tokens
         table.known[slots] += 1
+        beams = table.beam[slots]
+        hypotheses = self._report_beams(slots[beams], result) if beams.any() else []
+        if beams.any():
+            slots, tokens = slots[~beams], tokens[~beams]
         stopped = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)
         ended = stopped | (table.known[slots] >= table.limit[slots])
         sequences = table.owner[slots]
@@ -234,7 +243,9 @@ class Scheduler:
             self._retire(sequences[row], reason)
         for slot, sentence in result.faults.items():
             self._fail(slot, flight, sentence, finished)
-        return Outcome(sequences, slots, tokens, finished, result.logprobs, prompt_logprobs)
+        return Outcome(
+            sequences, slots, tokens, finished, result.logprobs, prompt_logprobs, hypotheses
+        )
 
     @property
     def steps_in_flight(self) -> int:
@@ -350,8 +361,8 @@ class Scheduler:
         leaving = np.concatenate(self._leaving) if self._leaving else joining[:0]
         leaving = leaving[table.decoding[leaving]]
         self._joining, self._leaving = [], []
-        table.decoding[joining] = True
         table.decoding[leaving] = False
+        table.decoding[joining] = True
         while True:
             run = np.flatnonzero(table.decoding).astype(np.int32)
             copying = self._shared_tails()
@@ -375,7 +386,8 @@ class Scheduler:
         plan.touched_lengths = table.length[plan.touched_slots]
         table.computed[run] += 1
         table.length[run] += 1
-        ended = run[table.length[run] >= table.limit[run]]
+        # Beams pause after each step, until it is known which of them go on.
+        ended = run[(table.length[run] >= table.limit[run]) | table.beam[run]]
         if len(ended):
             self._leaving.append(ended)
         return run
@@ -459,10 +471,100 @@ class Scheduler:
         family = [parent, *children]
         for sequence in family:
             table.length[sequence.slot] += 1
-            if table.length[sequence.slot] < table.limit[sequence.slot]:
+            if (
+                parent.group.beams is None
+                and table.length[sequence.slot] < table.limit[sequence.slot]
+            ):
                 self._joining.append(sequence)
-        if children and table.computed[parent.slot] % self.limits.block_size:
+        partial = table.computed[parent.slot] % self.limits.block_size
+        if children and partial and parent.group.beams is None:
             self._forked += family
+
+    # Beams.
+
+    def _branch_beams(self, plan: Plan) -> None:
+        """Lets every search whose results are in take its next step, unless it is swapped out."""
+        ready = [group for group in self._branching if group in self._resident]
+        self._branching = [
+            group
+            for group in self._branching
+            if group not in ready and group.beams and group.beams.moves and not group.finished
+        ]
+        self._branched = [group for group in ready if group.beams and group.beams.moves]
+        for group in self._branched:
+            self._branch(plan, group)
+
+    def _branch(self, plan: Plan, group: SequenceGroup) -> None:
+        """Makes each beam a copy of its parent with another last token (paper, section 4.4)."""
+        search, table = group.beams, self.slots
+        if search is None:
+            return
+        moves = search.take_moves()
+        slots = [group.sequences[move.beam].slot for move in moves]
+        parents = [group.sequences[move.parent].slot for move in moves]
+        last = search.length - 1
+        tokens = table.tokens[parents, :last]
+        tables = [table.table(parent).copy() for parent in parents]
+        hashes = [list(group.sequences[move.parent].hashes) for move in moves]
+        published = [group.sequences[move.parent].published for move in moves]
+        dropped = [table.table(slot).copy() for slot in slots]
+        for blocks in tables:
+            self.pool.share(blocks)
+        for blocks in dropped:
+            self.pool.release(blocks)
+        for at, move in enumerate(moves):
+            sequence, slot = group.sequences[move.beam], slots[at]
+            table.set_blocks(slot, tables[at])
+            table.tokens[slot, :last] = tokens[at]
+            table.tokens[slot, last] = move.token
+            sequence.hashes, sequence.published = hashes[at], published[at]
+            self._joining.append(sequence)
+            if table.computed[slot] % self.limits.block_size:
+                self._forked.append(sequence)
+        plan.beam_slots += slots
+        plan.beam_parents += parents
+        plan.beam_tokens += [move.token for move in moves]
+
+    def _report_beams(
+        self, slots: Int32Array, result: StepResult
+    ) -> list[tuple[SequenceGroup, list[Hypothesis]]]:
+        """Hands candidates to the searches; returns the hypotheses of those that have ended."""
+        found = []
+        for slot in slots.tolist():
+            sequence = self.slots.owner[slot]
+            group = sequence.group
+            search = group.beams
+            if not search.report(sequence.sample_index, result.logprobs[slot].top):
+                continue
+            search.advance(lambda beam, group=group: self._tokens_of(group.sequences[beam]))
+            if search.done:
+                found.append((group, search.hypotheses(group.request.sample_count)))
+                for beam in group.sequences:
+                    self._retire(beam, FinishReason.STOP)
+            else:
+                self._branching.append(group)
+        return found
+
+    def _tokens_of(self, sequence: Sequence) -> Int32Array:
+        """A resident sequence's row of tokens; how many of them count, others know."""
+        row: Int32Array = self.slots.tokens[sequence.slot]
+        return row
+
+    def _settle_beams(self, group: SequenceGroup, search: BeamSearch) -> None:
+        """Gives the resident beams of a group that is taken off the tokens to go on from."""
+        moves, last = search.take_moves(), search.length - 1
+        rows = {
+            beam: self._tokens_of(sequence)[: search.length].copy()
+            for beam, sequence in enumerate(group.sequences)
+            if sequence.slot >= 0
+        }
+        for move in moves:
+            tokens = np.append(rows[move.parent][:last], np.int32(move.token))
+            group.sequences[move.beam].tokens = tokens.astype(np.int32)
+        if not moves:
+            for beam, row in rows.items():
+                group.sequences[beam].tokens = row
+        search.forget_reports()
 
     # Admission.
 
@@ -546,12 +648,23 @@ class Scheduler:
         group.preemptions += 1
         self.totals.preemptions += 1
         del self._resident[group]
-        if self._is_cheaper_to_swap(group):
+        branched = group in self._branched
+        if branched:
+            # An engine swaps before its beams go on, so these are computed again.
+            self._unbranch(plan, group)
+        if not branched and self._is_cheaper_to_swap(group):
             plan.swapped_out.append(self.swap.swap_out(group, plan.swapped_out))
             self.totals.swaps += 1
             self.totals.swapped_out_blocks += len(plan.swapped_out[-1].sources)
         else:
             self._take_off(group)
+
+    def _unbranch(self, plan: Plan, group: SequenceGroup) -> None:
+        """Takes a group's beams out of a plan that is being made; its slots will be released."""
+        slots = {sequence.slot for sequence in group.sequences}
+        kept = [at for at, slot in enumerate(plan.beam_slots) if slot not in slots]
+        for name in ("beam_slots", "beam_parents", "beam_tokens"):
+            setattr(plan, name, [getattr(plan, name)[at] for at in kept])
 
     def _is_cheaper_to_swap(self, group: SequenceGroup) -> bool:
         """Whether the group can be swapped and should be; one that is not all decoding cannot."""
@@ -586,7 +699,7 @@ class Scheduler:
 
     def _rejoin(self, group: SequenceGroup) -> None:
         """Lets a group decode that is on the device again; tails may be shared since a fork."""
-        for sequence in group.resident():
+        for sequence in group.resident() if group.beams is None else []:
             slot = sequence.slot
             if self.slots.length[slot] < self.slots.limit[slot]:
                 self._joining.append(sequence)
@@ -598,10 +711,15 @@ class Scheduler:
         prompt = len(group.request.prompt)
         resident = group.resident()
         begun = any(self.slots.length[seq.slot] > prompt for seq in resident)
+        if group.beams and not group.unforked:
+            self._settle_beams(group, group.beams)
         for sequence in resident:
-            if sequence not in group.unforked:
+            if sequence not in group.unforked and group.beams is None:
                 sequence.tokens = self.slots.known_tokens(sequence.slot).copy()
             self._vacate(sequence)
+            if group.beams:
+                # What it is to go on from may be another beam's tokens; the prompt is the same.
+                sequence.hashes = list(group.request.hashes)
         unfinished = [sequence for sequence in group.sequences if sequence.finish is None]
         if begun or any(len(sequence.tokens) > prompt for sequence in unfinished):
             group.waiting, group.unforked = unfinished, []
@@ -639,9 +757,11 @@ class Scheduler:
         # Nobody may build on what this sequence computed.
         if not self.slots.swapped[slot]:
             self.pool.forget(self.slots.table(slot))
-        for failed in (sequence, *sequence.group.unforked):
+        group = sequence.group
+        for failed in group.sequences if group.beams else (sequence, *group.unforked):
             self._retire(failed, FinishReason.ERROR, publish=False)
-            finished.append((failed, FinishReason.ERROR, reason))
+            if failed.sample_index < group.request.sample_count:
+                finished.append((failed, FinishReason.ERROR, reason))
 
     def _vacate(self, sequence: Sequence, *, publish: bool = True) -> None:
         slot = sequence.slot

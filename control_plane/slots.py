@@ -24,6 +24,7 @@ class SlotTable:
         serial: which occupant of the slot this is; results in flight carry it.
         decoding: it is in the decode batch that the engine keeps.
         swapped: its row in `blocks` is of host blocks.
+        beam: it is a beam: what is drawn for it only counts when its search says so.
         owner: the occupant.
         tokens: int32 [slots, length]; pages of it are only touched as far as sequences grow.
         blocks: int32 [slots, blocks], the block tables.
@@ -40,6 +41,7 @@ class SlotTable:
         self.serial = np.zeros(slot_count, np.int64)
         self.decoding = np.zeros(slot_count, np.bool_)
         self.swapped = np.zeros(slot_count, np.bool_)
+        self.beam = np.zeros(slot_count, np.bool_)
         self.stop_ids = np.full((slot_count, MAX_STOP_IDS), -1, np.int32)
         self.owner = np.full(slot_count, None, object)
         self.tokens = np.zeros((slot_count, max_length + 1), np.int32)
@@ -60,9 +62,12 @@ class SlotTable:
         sequence.slot = slot
         self.owner[slot] = sequence
         self.serial[slot] += 1
-        self.limit[slot] = request.length_limit
+        self.beam[slot] = request.beams is not None
+        # A search decides itself when its beams end.
+        self.limit[slot] = request.length_limit + self.beam[slot]
         self.stop_ids[slot] = -1
-        self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
+        if request.beams is None:
+            self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
         self.decoding[slot] = self.swapped[slot] = False
         self.length[slot] = self.known[slot] = self.computed[slot] = self.block_count[slot] = 0
         return slot

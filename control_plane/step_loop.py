@@ -351,6 +351,13 @@ class StepLoop:
                     self._close_if_finished(generation)
             except Exception:
                 self._contain(generation)
+        for group, hypotheses in outcome.hypotheses:
+            if (generation := self._owners.get(group)) is not None:
+                try:
+                    generation.end_beams(hypotheses)
+                    self._close_if_finished(generation)
+                except Exception:
+                    self._contain(generation)
         for sequence, reason, sentence in outcome.finished:
             generation = self._owners.get(sequence.group)
             if generation is None:
@@ -403,6 +410,8 @@ def _add_prompt_logprobs(generation: Generation, pairs: list[tuple[int, Logprob]
 def _group_so_far(generation: Generation) -> SequenceGroup:
     """Makes a group whose sequences go on after the tokens that the generation has."""
     group = SequenceGroup.of(generation.request, -1)
+    if group.beams:
+        return group  # Nobody has seen anything of a search that has not ended.
     for sequence, sample in zip(group.sequences, generation.samples, strict=True):
         if sample.ending is not None:
             sequence.finish = FinishReason.STOP

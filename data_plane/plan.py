@@ -82,6 +82,9 @@ class PlanColumns:
     fork_parents: Int32Array
     fork_children: Int32Array
     fork_sample_indexes: Int32Array
+    beam_slots: Int32Array
+    beam_parents: Int32Array
+    beam_tokens: Int32Array
     hashed_blocks: Int32Array
     block_hashes: npt.NDArray[np.uint8]  # [n, 16]
     admissions: Admissions | None

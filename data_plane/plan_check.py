@@ -27,6 +27,7 @@ def check_plan(plan: PlanColumns, state: ResidentState, max_step_tokens: int) ->
     _in_range("hashed_blocks", plan.hashed_blocks, state.block_count)
     preview = _Preview(plan, state)
     preview.release()
+    preview.branch()
     preview.swap()
     preview.truncate()
     if plan.admissions is not None:
@@ -48,6 +49,8 @@ _PARALLEL = (
     ("chunk_slots", "chunk_token_counts"),
     ("fork_parents", "fork_children"),
     ("fork_parents", "fork_sample_indexes"),
+    ("beam_slots", "beam_parents"),
+    ("beam_slots", "beam_tokens"),
     ("hashed_blocks", "block_hashes"),
 )
 
@@ -179,6 +182,31 @@ class _Preview:
         self.computed[slots] = np.minimum(rows.cached_token_counts, rows.token_counts - 1)
         self.table_length[slots] = rows.block_counts
         self.decoding[slots] = self.swapped[slots] = False
+
+    def branch(self) -> None:
+        """Beams become copies of their parents, all at once."""
+        slots, parents = self.plan.beam_slots, self.plan.beam_parents
+        if not len(slots):
+            return
+        self._resident("beam_slots", slots)
+        self._resident("beam_parents", parents)
+        _distinct("beam_slots", slots)
+        _in_range("beam_tokens", self.plan.beam_tokens, self.state.vocabulary_size)
+        drawn = (self.computed[parents] == self.lengths[parents] - 1) & (self.lengths[parents] > 1)
+        _all("beam_parents", drawn, "a slot has no token that was drawn last", "DRIFT")
+        # What the plan does to tables later is previewed on those of the resident state.
+        plan = self.plan
+        later = (plan.swap_out_slots, plan.swap_in_slots, plan.truncated_slots)
+        _all("beam_slots", ~np.isin(slots, np.concatenate(later)), "a slot is moved as well")
+        if self.references is self.state.reference_counts:
+            self.references = self.references.copy()
+        for slot, parent in zip(slots.tolist(), parents.tolist(), strict=True):
+            np.add.at(self.references, self.state.table(parent), 1)
+            np.subtract.at(self.references, self.state.table(slot), 1)
+        for name in ("lengths", "computed", "table_length"):
+            column = getattr(self, name)
+            column[slots] = column[parents]
+        self.decoding[slots] = False
 
     def append(self) -> None:
         slots, blocks = self.plan.appended_slots, self.plan.appended_blocks

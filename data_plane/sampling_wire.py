@@ -26,7 +26,8 @@ _SCALARS = {
     "frequency_penalties": ("frequency_penalty", "<f4", -_PENALTY, _PENALTY),
     "seeds": ("seed", "<u8", 0, None),
     "min_token_counts": ("min_length", "<i4", 0, None),
-    "logprob_counts": ("logprob_count", "<i4", -1, validation.MAX_LOGPROBS),
+    # Beams ask for more of them than requests may.
+    "logprob_counts": ("logprob_count", "<i4", -1, validation.MAX_CANDIDATES),
     "prompt_logprob_counts": ("prompt_logprob_count", "<i4", -1, validation.MAX_LOGPROBS),
 }
 

@@ -109,6 +109,8 @@ class ResidentState:
     def apply_moves(self, plan: PlanColumns) -> Moves:
         """Applies all of a checked plan that precedes its forward pass."""
         self.release(plan.released_slots)
+        if len(plan.beam_slots):
+            self._branch(plan.beam_slots, plan.beam_parents, plan.beam_tokens)
         swap_out = self._swap(plan.swap_out_slots, plan.swap_out_blocks, plan.swap_out_targets)
         swap_in = self._swap(plan.swap_in_slots, plan.swap_in_blocks, plan.swap_in_targets)
         self._truncate(plan.truncated_slots, plan.truncated_token_counts)
@@ -178,6 +180,22 @@ class ResidentState:
         self.computed[slots] = np.minimum(rows.cached_token_counts, rows.token_counts - 1)
         self.table_length[slots] = rows.block_counts
         assign_sampling(self.sampling, rows)
+
+    def _branch(self, slots: Int32Array, parents: Int32Array, token_ids: Int32Array) -> None:
+        """Beams become copies of their parents, all at once, each with a last token of its own."""
+        blocks = int(self.table_length[parents].max())
+        length = int(self.token_count[parents].max())
+        tables, tokens = self.tables[parents, :blocks], self.tokens[parents, :length]
+        for parent in parents.tolist():
+            np.add.at(self.reference_counts, self.table(parent), 1)
+        for slot in slots.tolist():
+            np.subtract.at(self.reference_counts, self.table(slot), 1)
+        self.tables[slots, :blocks], self.tokens[slots, :length] = tables, tokens
+        for name in ("token_count", "prompt_count", "computed", "cached", "table_length"):
+            column = getattr(self, name)
+            column[slots] = column[parents]
+        self.tokens[slots, self.token_count[slots] - 1] = token_ids
+        self.decoding[slots] = False
 
     def _append(self, slots: Int32Array, blocks: Int32Array) -> None:
         if len(np.unique(slots)) == len(slots):

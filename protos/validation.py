@@ -22,6 +22,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_STOP_TOKEN_IDS = 16
 MAX_SAMPLES = 16
+MAX_BEAMS = 16
+MAX_LENGTH_PENALTY = 10
+# What a search asks of the engine for each beam: its width for each way to go on or to end.
+MAX_CANDIDATES = 2048
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100
 MAX_PENALTY = 10
@@ -48,6 +52,8 @@ def check_request(request: pb.GenerateRequest, limits: ModelLimits) -> None:
     _check_sampling(request.sampling, limits)
     _check_stopping(request.stopping, limits)
     _check_output(request)
+    if request.HasField("beam_search"):
+        _check_beams(request)
 
 
 def check_length(
@@ -162,6 +168,33 @@ def _check_output(request: pb.GenerateRequest) -> None:
         )
     for count in received:
         _number("received_token_counts", count, 0, 1 << 30)
+
+
+def _check_beams(request: pb.GenerateRequest) -> None:
+    beams, sampling, output = request.beam_search, request.sampling, request.output
+    _number("beam_search.width", beams.width, 1, MAX_BEAMS)
+    _number(
+        "beam_search.length_penalty", beams.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY
+    )
+    if beams.early_stopping not in pb.EarlyStopping.values():
+        raise bad_field("beam_search.early_stopping", f"is {beams.early_stopping}, no known value")
+    if output.sample_count > beams.width:
+        raise bad_field(
+            "output.sample_count", f"is {output.sample_count}; it must be in [1, {beams.width}]"
+        )
+    plain = pb.Sampling(seed=sampling.seed) if sampling.HasField("seed") else pb.Sampling()
+    if sampling.HasField("temperature"):
+        plain.temperature = 0
+    if sampling != plain:
+        raise bad_field("sampling", "must be greedy and without more for a beam search")
+    for field, given in (
+        ("stopping.stop_strings", bool(request.stopping.stop_strings)),
+        ("stopping.min_tokens", bool(request.stopping.min_tokens)),
+        ("output.logprob_count", output.HasField("logprob_count")),
+        ("output.prompt_logprob_count", output.HasField("prompt_logprob_count")),
+    ):
+        if given:
+            raise bad_field(field, "is not for a beam search")
 
 
 def _number(field: str, value: float, low: float, high: float, what: str = "") -> None:

@@ -18,7 +18,7 @@ from control_plane.scheduler import SchedulerLimits
 from data_plane.plan import decode_plan
 from data_plane.plan_check import check_plan
 from data_plane.result import encode_result, encode_snapshot
-from data_plane.sampler import Samples
+from data_plane.sampler import Logprobs, Samples
 from data_plane.state import ResidentState, StepBatch
 from protos.engine.v1 import engine_pb2
 
@@ -29,6 +29,14 @@ def draw(tokens: np.ndarray, sample_index: int) -> int:
     """The token that follows `tokens` in this sample: a pure function of both."""
     data = np.asarray(tokens, "<i4").tobytes() + bytes([sample_index])
     return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little") % VOCABULARY
+
+
+def candidates(tokens: np.ndarray, count: int) -> list[tuple[int, float]]:
+    """The likeliest tokens after `tokens` and their log-probabilities, best first."""
+    rng = np.random.default_rng(draw(tokens, 255) + 1000 * draw(tokens, 254))
+    ids = rng.permutation(VOCABULARY)[:count]
+    scores = -np.sort(rng.exponential(2.0, count)).astype(np.float32)
+    return list(zip(ids.tolist(), scores.tolist(), strict=True))
 
 
 def expected(prompt: list[int], count: int, sample_index: int = 0) -> list[int]:
@@ -60,6 +68,10 @@ class StubEngine:
         """Sends a plan over the wire format, executes it, and sends its result back likewise."""
         message = encode_plan(plan, epoch)
         self.messages.append(message)
+        return self.execute_message(message)
+
+    def execute_message(self, message: engine_pb2.StepPlan) -> StepResult:
+        """Executes a plan as it came over the wire, which may be later than it was made."""
         columns = decode_plan(engine_pb2.StepPlan.FromString(message.SerializeToString()))
         check_plan(columns, self.state, self.limits.step_tokens)
         moves = self.state.apply_moves(columns)
@@ -91,7 +103,28 @@ class StubEngine:
                 faults.append((row, "planted"))
             else:
                 ids[row] = draw(tokens, int(self.state.sampling.sample_index[slot]))
-        return Samples(ids, None, faults)
+        return Samples(ids, self._logprobs(batch), faults)
+
+    def _logprobs(self, batch: StepBatch) -> Logprobs | None:
+        wanted = self.state.sampling.logprob_count
+        rows = [slot for slot in batch.sampled_slots.tolist() if wanted[slot] >= 0]
+        if not rows:
+            return None
+        tops = [
+            candidates(self.state.tokens[slot, : self.state.token_count[slot]], int(wanted[slot]))
+            for slot in rows
+        ]
+        flat = [pair for top in tops for pair in top]
+        return Logprobs(
+            slots=np.array(rows, np.int32),
+            positions=self.state.token_count[rows].astype(np.int32),
+            token_ids=np.array([top[0][0] for top in tops], np.int32),
+            logprobs=np.array([top[0][1] for top in tops], np.float32),
+            ranks=np.ones(len(rows), np.int32),
+            top_counts=np.array([len(top) for top in tops], np.int32),
+            top_token_ids=np.array([token for token, _ in flat], np.int32),
+            top_logprobs=np.array([score for _, score in flat], np.float32),
+        )
 
     def _check_keys(self, slot: int, tokens: np.ndarray) -> None:
         positions = np.arange(len(tokens))

@@ -223,6 +223,29 @@ BAD_PLANS = {
         "INVALID",
     ),
     "step out of order": (pb.StepPlan(epoch=1, step=3), "OUT_OF_ORDER"),
+    "beam of nothing": (
+        _changed(beam_slots=ints(1), beam_parents=ints(0), beam_tokens=ints(5)),
+        "DRIFT",
+    ),
+    "parent of nothing": (
+        _changed(beam_slots=ints(0), beam_parents=ints(1), beam_tokens=ints(5)),
+        "DRIFT",
+    ),
+    "beam twice": (
+        _changed(beam_slots=ints(0, 0), beam_parents=ints(0, 0), beam_tokens=ints(5, 6)),
+        "INVALID",
+    ),
+    "beam's token out of range": (
+        _changed(beam_slots=ints(0), beam_parents=ints(0), beam_tokens=ints(1 << 20)),
+        "INVALID",
+    ),
+    "beam that is swapped": (
+        _changed(
+            beam_slots=ints(0), beam_parents=ints(0), beam_tokens=ints(5),
+            swap_out_slots=ints(0), swap_out_blocks=ints(3, 5), swap_out_targets=ints(0, 1),
+        ),
+        "INVALID",
+    ),
     "host block out of range": (
         _changed(
             swap_out_slots=ints(0), swap_out_blocks=ints(3, 5), swap_out_targets=ints(0, 8)

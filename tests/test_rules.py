@@ -44,6 +44,7 @@ WIRE_MODULES = {
     "control_plane/utf8.py",
 }
 PURE_MODULES = {
+    "beams.py",
     "blocks.py",
     "hashing.py",
     "plan.py",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from control_plane.beams import BeamFields, Hypothesis
 from control_plane.hashing import PrefixHasher
 from control_plane.plan import Outcome, Plan
 from control_plane.request import (
@@ -56,6 +57,7 @@ class Driver:
         self.engine = StubEngine(limits)
         self.output: dict[Sequence, list[int]] = {}
         self.finished: dict[Sequence, FinishReason] = {}
+        self.hypotheses: dict[SequenceGroup, list[Hypothesis]] = {}
         self.plans: list[Plan] = []
         self.restored: list[SequenceGroup] = []
         self._results: list[object] = []
@@ -80,6 +82,7 @@ class Driver:
         self.scheduler.pool.check()
         for sequence, token in zip(outcome.sequences, outcome.token_ids.tolist(), strict=True):
             self.output.setdefault(sequence, []).append(token)
+        self.hypotheses.update(outcome.hypotheses)
         for sequence, reason, _ in outcome.finished:
             assert sequence not in self.finished
             self.finished[sequence] = reason
@@ -435,6 +438,74 @@ def test_a_swap_space_that_is_full_means_recomputing() -> None:
     assert driver.scheduler.totals.preemptions > 0 and driver.scheduler.totals.swaps == 0
     for i, group in enumerate(groups):
         assert driver.outputs(group) == [expected(list(range(i, i + 90)), 60)]
+
+
+def beam_request(prompt: list[int], limits: SchedulerLimits, width: int, name: str) -> Request:
+    beams = BeamFields(width, early_stopping="first" if width % 2 else "heuristic")
+    return make_request(
+        prompt,
+        limits,
+        name,
+        beams=beams,
+        max_tokens=14,
+        stop_ids=tuple(range(0, 1000, 100)),
+        sample_count=width,
+        sampling=SamplingFields(logprob_count=beams.candidate_count(10)),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_beams_find_the_same_under_pressure(seed: int) -> None:
+    """Searches among other requests, with preemption and cancels at random, and alone."""
+    rng = random.Random(seed)
+    limits = make_limits(
+        block_size=rng.choice([4, 8]),
+        block_count=rng.choice([40, 60]),
+        host_block_count=rng.choice([0, 30, 100]),
+        slot_count=14,
+        preemption=rng.choice(["auto", "swap", "recompute"]),
+        max_length=120,
+    )
+    driver = Driver(limits, depth=rng.choice([1, 2, 3]))
+    searches, others = [], []
+    for i in range(12):
+        prompt = [rng.randrange(1000) for _ in range(rng.randrange(1, 30))]
+        if i % 2:
+            request = beam_request(prompt, limits, rng.choice([1, 2, 3, 4, 6]), f"r{i}")
+            searches.append(driver.scheduler.submit(request))
+        else:
+            others.append(driver.submit(prompt, f"r{i}", max_tokens=20, sample_count=1 + i % 3))
+        for _ in range(rng.randrange(6)):
+            driver.step()
+        if driver.scheduler._resident and rng.random() < 0.4:
+            driver.scheduler.preempt(rng.choice(list(driver.scheduler._resident)))
+    driver.scheduler.cancel(others[-1])
+    driver.run()
+    for group in searches:
+        alone = Driver(make_limits(block_count=200, max_length=120, block_size=limits.block_size))
+        single = alone.scheduler.submit(group.request)
+        alone.run()
+        found = [(one.tokens.tolist(), one.score) for one in driver.hypotheses[group]]
+        assert found == [(one.tokens.tolist(), one.score) for one in alone.hypotheses[single]]
+        assert len(found) == group.request.sample_count
+        assert not any(sequence in driver.output for sequence in group.sequences)
+    assert driver.scheduler.pool.used_count == driver.scheduler.swap.pool.used_count == 0
+    assert driver.engine.state.reference_counts.sum() == 0
+
+
+def test_dropped_beams_free_their_blocks_at_once() -> None:
+    """A search never holds more than its beams can reach: shared prompt, and own tails."""
+    driver = Driver(make_limits(block_size=4), depth=1)
+    group = driver.scheduler.submit(beam_request(list(range(16)), driver.limits, 4, "search"))
+    shared = []
+    while not group.finished:
+        driver.step()
+        tables = [driver.scheduler.slots.table(each.slot) for each in group.resident()]
+        if tables:
+            distinct = len(np.unique(np.concatenate(tables)))
+            assert distinct == driver.scheduler.pool.used_count
+            shared.append(distinct < sum(map(len, tables)))
+    assert all(shared) and len(shared) > 5
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -184,7 +184,7 @@ class SnapshotPart(_message.Message):
     def __init__(self, slots: _Optional[bytes] = ..., requests: _Optional[_Iterable[bytes]] = ..., sample_indexes: _Optional[bytes] = ..., prompt_token_counts: _Optional[bytes] = ..., token_counts: _Optional[bytes] = ..., computed_token_counts: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., block_counts: _Optional[bytes] = ..., block_ids: _Optional[bytes] = ..., swapped: _Optional[bytes] = ..., hashed_blocks: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("epoch", "step", "touched_slots", "touched_token_counts", "released_slots", "swap_out_slots", "swap_out_blocks", "swap_out_targets", "swap_in_slots", "swap_in_blocks", "swap_in_targets", "truncated_slots", "truncated_token_counts", "admissions", "appended_slots", "appended_blocks", "copied_slots", "copied_indexes", "copied_blocks", "decode_leaves", "decode_joins", "chunk_slots", "chunk_token_counts", "fork_parents", "fork_children", "fork_sample_indexes", "hashed_blocks", "block_hashes")
+    __slots__ = ("epoch", "step", "touched_slots", "touched_token_counts", "released_slots", "swap_out_slots", "swap_out_blocks", "swap_out_targets", "swap_in_slots", "swap_in_blocks", "swap_in_targets", "truncated_slots", "truncated_token_counts", "admissions", "appended_slots", "appended_blocks", "copied_slots", "copied_indexes", "copied_blocks", "beam_slots", "beam_parents", "beam_tokens", "decode_leaves", "decode_joins", "chunk_slots", "chunk_token_counts", "fork_parents", "fork_children", "fork_sample_indexes", "hashed_blocks", "block_hashes")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOUCHED_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +204,9 @@ class StepPlan(_message.Message):
     COPIED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     COPIED_INDEXES_FIELD_NUMBER: _ClassVar[int]
     COPIED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BEAM_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    BEAM_PARENTS_FIELD_NUMBER: _ClassVar[int]
+    BEAM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DECODE_LEAVES_FIELD_NUMBER: _ClassVar[int]
     DECODE_JOINS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +235,9 @@ class StepPlan(_message.Message):
     copied_slots: bytes
     copied_indexes: bytes
     copied_blocks: bytes
+    beam_slots: bytes
+    beam_parents: bytes
+    beam_tokens: bytes
     decode_leaves: bytes
     decode_joins: bytes
     chunk_slots: bytes
@@ -241,7 +247,7 @@ class StepPlan(_message.Message):
     fork_sample_indexes: bytes
     hashed_blocks: bytes
     block_hashes: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., touched_slots: _Optional[bytes] = ..., touched_token_counts: _Optional[bytes] = ..., released_slots: _Optional[bytes] = ..., swap_out_slots: _Optional[bytes] = ..., swap_out_blocks: _Optional[bytes] = ..., swap_out_targets: _Optional[bytes] = ..., swap_in_slots: _Optional[bytes] = ..., swap_in_blocks: _Optional[bytes] = ..., swap_in_targets: _Optional[bytes] = ..., truncated_slots: _Optional[bytes] = ..., truncated_token_counts: _Optional[bytes] = ..., admissions: _Optional[_Union[Admissions, _Mapping]] = ..., appended_slots: _Optional[bytes] = ..., appended_blocks: _Optional[bytes] = ..., copied_slots: _Optional[bytes] = ..., copied_indexes: _Optional[bytes] = ..., copied_blocks: _Optional[bytes] = ..., decode_leaves: _Optional[bytes] = ..., decode_joins: _Optional[bytes] = ..., chunk_slots: _Optional[bytes] = ..., chunk_token_counts: _Optional[bytes] = ..., fork_parents: _Optional[bytes] = ..., fork_children: _Optional[bytes] = ..., fork_sample_indexes: _Optional[bytes] = ..., hashed_blocks: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., touched_slots: _Optional[bytes] = ..., touched_token_counts: _Optional[bytes] = ..., released_slots: _Optional[bytes] = ..., swap_out_slots: _Optional[bytes] = ..., swap_out_blocks: _Optional[bytes] = ..., swap_out_targets: _Optional[bytes] = ..., swap_in_slots: _Optional[bytes] = ..., swap_in_blocks: _Optional[bytes] = ..., swap_in_targets: _Optional[bytes] = ..., truncated_slots: _Optional[bytes] = ..., truncated_token_counts: _Optional[bytes] = ..., admissions: _Optional[_Union[Admissions, _Mapping]] = ..., appended_slots: _Optional[bytes] = ..., appended_blocks: _Optional[bytes] = ..., copied_slots: _Optional[bytes] = ..., copied_indexes: _Optional[bytes] = ..., copied_blocks: _Optional[bytes] = ..., beam_slots: _Optional[bytes] = ..., beam_parents: _Optional[bytes] = ..., beam_tokens: _Optional[bytes] = ..., decode_leaves: _Optional[bytes] = ..., decode_joins: _Optional[bytes] = ..., chunk_slots: _Optional[bytes] = ..., chunk_token_counts: _Optional[bytes] = ..., fork_parents: _Optional[bytes] = ..., fork_children: _Optional[bytes] = ..., fork_sample_indexes: _Optional[bytes] = ..., hashed_blocks: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ...) -> None: ...
 
 class Admissions(_message.Message):
     __slots__ = ("slots", "requests", "sample_indexes", "prompt_token_counts", "token_counts", "token_ids", "block_counts", "block_ids", "cached_token_counts", "sampling")
