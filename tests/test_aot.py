@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+# All is compiled when the first test asks for it, which takes long on a busy machine.
+pytestmark = pytest.mark.timeout(900)
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
 # Which matrix units long prompts must use.
