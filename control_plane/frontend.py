@@ -203,7 +203,7 @@ class Frontend:
         except NeverFits as error:
             raise wire.bad_field("prompt", str(error)) from error
         except QueueFull as error:
-            raise wire.overloaded(str(error), retry_seconds=1.0) from error
+            raise wire.overloaded(str(error), loop.retry_seconds(error)) from error
         self._generations.add(generation)
 
     # Streaming.

@@ -35,7 +35,15 @@ ADMITTED_TOKENS = 1 << 20
 
 
 class QueueFull(Exception):
-    """The wait queue is at its limit; nothing was queued."""
+    """The wait queue is at its limit; nothing was queued.
+
+    Attributes:
+        excess_tokens: prompt tokens that must leave the queue before the request fits.
+    """
+
+    def __init__(self, message: str, excess_tokens: int) -> None:
+        super().__init__(message)
+        self.excess_tokens = excess_tokens
 
 
 class NeverFits(Exception):
@@ -48,7 +56,7 @@ class SchedulerLimits:
 
     Attributes:
         chunk_tokens: most tokens of one prompt in one step.
-        waiting_requests: most requests in the wait queue.
+        waiting_requests, waiting_tokens: most requests, and tokens of theirs, in the wait queue.
         host_block_count: blocks in host memory to swap to.
         preemption: how to preempt; auto: by cost.
     """
@@ -61,6 +69,7 @@ class SchedulerLimits:
     step_tokens: int
     chunk_tokens: int
     waiting_requests: int = 1024
+    waiting_tokens: int = 1 << 20
     host_block_count: int = 0
     preemption: Literal["auto", "swap", "recompute"] = "auto"
 
@@ -129,11 +138,10 @@ class Scheduler:
 
         Raises:
             NeverFits: it could not run even alone.
-            QueueFull: too many requests wait.
+            QueueFull: too many requests or tokens wait.
         """
         self.check_fits(request)
-        if len(self._waiting) >= self.limits.waiting_requests:
-            raise QueueFull(f"{self.limits.waiting_requests} requests wait already")
+        self._check_queue(request)
         group = SequenceGroup.of(request, self._next_arrival())
         self._enqueue(group)
         return group
@@ -142,6 +150,20 @@ class Scheduler:
         """Queues a group that was resident elsewhere; its sequences carry their tokens so far."""
         group.arrival = self._next_arrival()
         self._enqueue(group)
+
+    def _check_queue(self, request: Request) -> None:
+        """An empty queue takes a prompt of any length."""
+        waiting, queued = len(self._waiting), self._queued_tokens
+        if waiting >= self.limits.waiting_requests:
+            share = queued // max(waiting, 1)
+            raise QueueFull(f"{waiting} requests wait already", share)
+        excess = queued + len(request.prompt) - self.limits.waiting_tokens
+        if waiting and excess > 0:
+            raise QueueFull(f"{queued} prompt tokens wait already", excess)
+
+    @property
+    def _queued_tokens(self) -> int:
+        return sum(len(seq.tokens) for group in self._waiting for seq in group.waiting)
 
     def check_fits(self, request: Request) -> None:
         """Raises NeverFits unless the request could run if it were alone on the engine."""
@@ -258,9 +280,10 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """Tokens that wait to be computed: of queued requests, and of prompts begun."""
-        queued = sum(len(seq.tokens) for group in self._waiting for seq in group.waiting)
         begun = [sequence.slot for sequence in self._prefilling]
-        return queued + int((self.slots.length[begun] - self.slots.computed[begun]).sum())
+        return self._queued_tokens + int(
+            (self.slots.length[begun] - self.slots.computed[begun]).sum()
+        )
 
     @property
     def running_count(self) -> int:

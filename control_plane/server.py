@@ -57,6 +57,7 @@ class Replica:
                 own_address=settings.advertise or settings.listen,
                 chunk_tokens=settings.chunk_tokens,
                 waiting_requests=settings.max_waiting_requests,
+                waiting_tokens=settings.max_waiting_tokens,
                 preemption=settings.preemption,
                 steps_in_flight=settings.steps_in_flight,
                 orphan_grace_seconds=settings.orphan_grace_seconds,

@@ -50,6 +50,9 @@ class Settings(BaseSettings):
         "auto", description="what to do with a preempted request's blocks; auto: what costs less"
     )
     max_waiting_requests: int = Field(1024, ge=1, description="requests in the queue, at most")
+    max_waiting_tokens: int = Field(
+        1 << 20, ge=1, description="tokens of requests in the queue, at most; one always may wait"
+    )
     orphan_grace_seconds: float = Field(
         30.0, ge=0, description="seconds for clients to come back to what a new leader took over"
     )

@@ -18,11 +18,12 @@ from typing import Literal
 from control_plane import records
 from control_plane.engine_link import EngineFacts, Leadership, LinkLost
 from control_plane.generation import Generation, Generations
+from control_plane.overload import DrainRate
 from control_plane.plan import Logprob, Outcome, Plan, ResidentRow, Snapshot, StepResult
 from control_plane.prefix_index import EngineLife, PrefixIndex
 from control_plane.prefix_stats import PrefixStats
 from control_plane.request import FinishReason, Sequence, SequenceGroup, ended_at
-from control_plane.scheduler import NeverFits, Scheduler, SchedulerLimits
+from control_plane.scheduler import NeverFits, QueueFull, Scheduler, SchedulerLimits
 from control_plane.tokenizer import PromptTokenizer
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class LeaderSettings:
     own_address: str
     chunk_tokens: int = 512
     waiting_requests: int = 1024
+    waiting_tokens: int = 1 << 20
     preemption: Literal["auto", "swap", "recompute"] = "auto"
     steps_in_flight: int = 2
     heartbeat_seconds: float = 2.0
@@ -100,12 +102,14 @@ class StepLoop:
                 step_tokens=facts.step_tokens,
                 chunk_tokens=min(settings.chunk_tokens, facts.step_tokens),
                 waiting_requests=settings.waiting_requests,
+                waiting_tokens=settings.waiting_tokens,
             )
         )
         self._settings, self._abandon = settings, abandon
         self._generations, self._index, self._stats = generations, index, stats
         self._owners: dict[SequenceGroup, Generation] = {}
         self._wake = asyncio.Event()
+        self._drain = DrainRate()
 
     # Work from frontends.
 
@@ -116,6 +120,10 @@ class StepLoop:
             QueueFull, NeverFits: see `Scheduler.submit`.
         """
         self._own(generation, self.scheduler.submit(generation.request))
+
+    def retry_seconds(self, refused: QueueFull) -> float:
+        """When a request that the queue had no room for may find some."""
+        return self._drain.seconds_for(refused.excess_tokens, time.monotonic())
 
     def resume(self, generation: Generation) -> None:
         """Queues a generation that ran before; it goes on after the tokens it has."""
@@ -327,6 +335,8 @@ class StepLoop:
             generation = self._owners.get(sequence.group)
             if generation is None:
                 continue
+            if not generation.accepted:
+                self._drain.add(time.monotonic(), len(admission.tokens))
             if admission.cached and not generation.accepted:
                 digest = sequence.hashes[admission.cached // self.facts.block_size - 1]
                 self._stats.hit(digest, admission.cached, time.monotonic())

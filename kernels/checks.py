@@ -19,9 +19,10 @@ from kernels.options import Options
 CHECK_DEVICE_IDS = os.environ.get("QUIRE_CHECK_KERNELS", "") not in ("", "0")
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 FP8 = torch.float8_e4m3fn
-# Widest head and most query heads per key/value head that a program's registers hold.
+# Widest head, and most query heads per key/value head times their size, that a program's
+# registers and shared memory hold.
 MOST_HEAD_SIZE = 256
-MOST_GROUP = 128
+MOST_GROUP_SIZE = 8192
 
 
 def check_attention(
@@ -162,8 +163,9 @@ def check_triton(key_blocks: Tensor, group: int) -> None:
     # Otherwise no copy is asynchronous and each element is loaded on its own.
     if strides[3] != 1 or any(stride % 16 for stride in strides[:3]):
         raise ValueError(f"key_blocks must have strides divisible by 16, not {strides}")
-    if group > MOST_GROUP:
-        raise ValueError(f"query must have at most {MOST_GROUP} heads a key/value head")
+    if group * key_blocks.shape[3] > MOST_GROUP_SIZE:
+        most = MOST_GROUP_SIZE // key_blocks.shape[3]
+        raise ValueError(f"query must have at most {most} heads a key/value head, not {group}")
     if key_blocks.dtype == FP8 and not _converts_fp8(key_blocks.device):
         raise ValueError(f"key_blocks cannot be {FP8} on {key_blocks.device}: it lacks the type")
 

@@ -196,7 +196,8 @@ def _write(
 @triton.jit
 def _quantise(rows, scales):
     """In units of each head's scale, within what e4m3 can hold: beyond it there is only NaN."""
-    return tl.clamp(rows.to(tl.float32) / scales[:, None], -448.0, 448.0)
+    units = rows.to(tl.float32) / scales[:, None]
+    return tl.clamp(units, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

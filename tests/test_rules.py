@@ -47,6 +47,7 @@ PURE_MODULES = {
     "beams.py",
     "blocks.py",
     "hashing.py",
+    "overload.py",
     "plan.py",
     "request.py",
     "scheduler.py",

@@ -10,6 +10,7 @@ import pytest
 
 from control_plane.beams import BeamFields, Hypothesis
 from control_plane.hashing import PrefixHasher
+from control_plane.overload import DrainRate
 from control_plane.plan import Outcome, Plan
 from control_plane.request import (
     FinishReason,
@@ -375,6 +376,30 @@ def test_new_leader_goes_on_without_recomputing(steps: int) -> None:
         prompt = group.request.prompt.tolist()
         for sequence in group.sequences:
             assert successor.output[sequence] == expected(prompt, 40, sequence.sample_index)
+
+
+def test_the_queue_is_bounded_in_tokens_too() -> None:
+    driver = Driver(make_limits(waiting_tokens=100, slot_count=1))
+    driver.submit(list(range(300)), "long")
+    driver.step()
+    driver.submit(list(range(200)), "alone in the queue")
+    with pytest.raises(QueueFull, match="200 prompt tokens wait") as refused:
+        driver.submit(list(range(50)), "next")
+    assert refused.value.excess_tokens == 150
+    driver.run()
+    driver.submit(list(range(50)), "later")
+    driver.run()
+
+
+def test_clients_are_told_to_wait_as_long_as_the_queue_takes() -> None:
+    drain = DrainRate()
+    assert drain.seconds_for(1000, now=0.0) == 1.0
+    for second in range(11):
+        drain.add(float(second), 200)
+    assert drain.seconds_for(1100, now=10.0) == pytest.approx(5.0)
+    assert drain.seconds_for(1, now=10.0) == 0.1 and drain.seconds_for(10**9, now=10.0) == 60.0
+    # What is long past says nothing of now.
+    assert drain.seconds_for(1000, now=100.0) == 1.0
 
 
 @pytest.mark.parametrize(("sample_count", "block_count"), [(1, 12), (3, 16)])
