@@ -38,9 +38,10 @@ def paged_attention(
 
     query: [T, H, D], each head contiguous. key_blocks, value_blocks: [N, Hkv, block_size, D]
     of the query's dtype or float8_e4m3fn, each head contiguous; on a GPU D a multiple of 16
-    up to 256, and H / Hkv * D at most 8,192. scale: factor on the scores. sliding_window: newest keys that a query sees,
-    itself included. softcap: scores become softcap * tanh(scores / softcap). sinks: [H], a
-    score per head that takes part in the softmax and brings no value. alibi_slopes: fp32
+    up to 256, and H / Hkv * D at most 8,192. scale: factor on the scores. sliding_window:
+    newest keys that a query sees, itself included. softcap: scores become softcap *
+    tanh(scores / softcap). sinks: [H], a score per head that takes part in the softmax and
+    brings no value. alibi_slopes: fp32
     [H], each score gets slope * (key position - query position) (arXiv 2108.12409).
     key_scales, value_scales: fp32 [Hkv], what a cache of float8_e4m3fn is multiplied by.
     Returns [T, H, D]; a query without keys gets zeros.
