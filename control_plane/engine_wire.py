@@ -64,7 +64,7 @@ def encode_plan(plan: Plan, epoch: int) -> engine_pb2.StepPlan:
         block_hashes=b"".join(plan.hashed.values()),
     )
     for name, crossings in (("swap_out", plan.swapped_out), ("swap_in", plan.swapped_in)):
-        for column, attribute in _CROSSING:
+        for column, attribute in _CROSSING if crossings else ():
             values = [getattr(crossing, attribute) for crossing in crossings]
             setattr(message, f"{name}_{column}", b"".join(_ints(value) for value in values))
     if plan.admissions:
