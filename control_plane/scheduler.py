@@ -202,6 +202,7 @@ class Scheduler:
         """Returns the next step's plan, or None when there is nothing to do."""
         plan = Plan(step=self._step + 1)
         sampled: list[int] = []
+        self.swap.begin_plan()
         for group in dict.fromkeys(self._unwanted):
             if group in self._resident:
                 self._preempt(plan, group)
@@ -676,7 +677,7 @@ class Scheduler:
             # An engine swaps before its beams go on, so these are computed again.
             self._unbranch(plan, group)
         if not branched and self._is_cheaper_to_swap(group):
-            plan.swapped_out.append(self.swap.swap_out(group, plan.swapped_out))
+            plan.swapped_out.append(self.swap.swap_out(group))
             self.totals.swaps += 1
             self.totals.swapped_out_blocks += len(plan.swapped_out[-1].sources)
         else:
@@ -715,7 +716,7 @@ class Scheduler:
             room = blocks + 2 * sequences + self.running_count // self.limits.block_size
             if self._resident and (precedes or room > self.pool.available_count):
                 break
-            plan.swapped_in.append(self.swap.swap_in(group, plan.swapped_in))
+            plan.swapped_in.append(self.swap.swap_in(group))
             self.totals.swapped_in_blocks += blocks
             self._resident[group] = None
             self._rejoin(group)

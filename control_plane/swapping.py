@@ -6,6 +6,7 @@ blocks. What its sequences share, they share there too: each block crosses once.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,31 +24,31 @@ class SwapSpace:
         self.pool = BlockPool(host_block_count)
         self.groups: list[SequenceGroup] = []
         self._device, self._slots = device, slots
+        # What crosses with the present plan, from -> to.
+        self._out: dict[int, int] = {}
+        self._in: dict[int, int] = {}
 
-    def holds(self, group: SequenceGroup) -> bool:
-        return group in self.groups
+    def begin_plan(self) -> None:
+        """Forgets what crossed with the last plan."""
+        self._out, self._in = {}, {}
 
     def blocks_of(self, group: SequenceGroup) -> Int32Array:
         """The distinct blocks of a group's tables, on whichever side they are."""
         tables = [self._slots.table(sequence.slot) for sequence in group.resident()]
         return np.unique(np.concatenate(tables)).astype(np.int32)
 
-    def swap_out(self, group: SequenceGroup, earlier: list[Crossing]) -> Crossing:
-        """Moves all blocks of a group to the host, which must have room for them.
-
-        earlier: what the same plan has swapped out before it.
-        """
-        crossing, slots = self._cross(group, self._device, self.pool, earlier)
-        self._slots.swapped[slots] = True
-        self._slots.decoding[slots] = False
-        self.groups.append(group)
-        self.groups.sort(key=lambda member: member.order)
+    def swap_out(self, group: SequenceGroup) -> Crossing:
+        """Moves all blocks of a group to the host, which must have room for them."""
+        crossing = self._cross(group, self._device, self.pool, self._out)
+        self._slots.swapped[crossing.slots] = True
+        self._slots.decoding[crossing.slots] = False
+        bisect.insort(self.groups, group, key=lambda member: member.order)
         return crossing
 
-    def swap_in(self, group: SequenceGroup, earlier: list[Crossing]) -> Crossing:
+    def swap_in(self, group: SequenceGroup) -> Crossing:
         """Moves all blocks of a group back to the device, which must have room for them."""
-        crossing, slots = self._cross(group, self.pool, self._device, earlier)
-        self._slots.swapped[slots] = False
+        crossing = self._cross(group, self.pool, self._device, self._in)
+        self._slots.swapped[crossing.slots] = False
         self.groups.remove(group)
         return crossing
 
@@ -70,19 +71,12 @@ class SwapSpace:
         group: SequenceGroup,
         source_pool: BlockPool,
         target_pool: BlockPool,
-        earlier: list[Crossing],
-    ) -> tuple[Crossing, Int32Array]:
-        """Moves a group's tables and references; returns what crosses, and the group's slots.
+        crossed: dict[int, int],
+    ) -> Crossing:
+        """Moves a group's tables and references; returns what crosses for it.
 
         A block that crosses in this plan already, for another group, is shared with it there.
         """
-        crossed = {
-            source: target
-            for crossing in earlier
-            for source, target in zip(
-                crossing.sources.tolist(), crossing.targets.tolist(), strict=True
-            )
-        }
         sources = self.blocks_of(group)
         targets = np.array([crossed.get(block, -1) for block in sources.tolist()], np.int32)
         fresh = targets < 0
@@ -95,7 +89,9 @@ class SwapSpace:
             target_pool.reference_counts[row] += 1
         # Tables hold the references from here on; allocating had counted one more.
         target_pool.reference_counts[targets[fresh]] -= 1
-        return Crossing(slots, sources[fresh], targets[fresh]), slots
+        crossing = Crossing(slots, sources[fresh], targets[fresh])
+        crossed.update(zip(crossing.sources.tolist(), crossing.targets.tolist(), strict=True))
+        return crossing
 
 
 @dataclass(slots=True)
