@@ -345,7 +345,7 @@ class Scheduler:
         resident = group.resident()
         swapped = bool(self.slots.swapped[[sequence.slot for sequence in resident]].any())
         if swapped:
-            self.swap.groups.append(group)
+            bisect.insort(self.swap.groups, group, key=lambda swapped: swapped.order)
         else:
             self._resident[group] = None
         absent = [seq for seq in group.sequences if seq.slot < 0 and seq.finish is None]
@@ -599,6 +599,10 @@ class Scheduler:
             if self.swap.groups and self.swap.groups[0].order < group.order:
                 break
             sequence = group.waiting[0]
+            # Siblings that are resumed follow one another, so that each finds the prompt it
+            # shares. That is no want of room, which would have to get better first.
+            if any(other.group is group for other in self._prefilling):
+                break
             if self._hopeless(sequence) or not self._seat_waiting(plan, group, sequence):
                 self._refused = (sequence, *self._room())
                 break
@@ -625,9 +629,6 @@ class Scheduler:
     def _seat_waiting(self, plan: Plan, group: SequenceGroup, sequence: Sequence) -> bool:
         """Admits the first waiting sequence of the first group if there is room for it."""
         if self.slots.free_count < len(group.waiting) + len(group.unforked):
-            return False
-        # Siblings that are resumed follow one another, so that each finds the prompt it shares.
-        if any(other.group is group for other in self._prefilling):
             return False
         size, length = self.limits.block_size, len(sequence.tokens)
         # The first sample's pass reports the prompt's log-probabilities, so it computes all of it.

@@ -211,6 +211,9 @@ class StepLoop:
         if generation is not None:
             # If it is neither stranded nor from this snapshot, another engine runs it by now.
             return generation if generation.engine_id == facts.engine_id else None
+        ended = self._generations.get(request.request_id)
+        if ended is not None and ended.digest == digest:
+            return None  # It has failed or ended already; its slot was not released in time.
         if request.wants_logprobs:
             # Those of the tokens so far are gone with the former leader. A client that comes back
             # gets the request generated again, which gives the same tokens.

@@ -32,6 +32,9 @@ CHANNEL_OPTIONS = [
     # A restarted peer should be found again at once, not after a minute's backoff.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # Channels to one address share their connection otherwise, and a new one fails at once
+    # where another has just failed, though the peer is back.
+    ("grpc.use_local_subchannel_pool", 1),
     ('grpc.service_config', '{"loadBalancingConfig": [{"round_robin": {}}]}'),
 ]  # fmt: skip
 SERVER_OPTIONS = [
