@@ -2,9 +2,10 @@
 
 ``python -m benchmarks.memory [--traces DIR] [--svg FILE]``
 
-The paper's figures 2 and 13, as counts that hold on any machine: no model runs. The same requests
-arrive at the real scheduler, whose pool has blocks of 16, and at contiguous allocators with as
-much memory; `benchmarks/contiguous.py` says how those work and what the states of memory are. In
+The paper's figure 2, and what its figure 13 is about, as counts that hold on any machine: no model
+runs. The same requests arrive at the real scheduler, whose pool has blocks of 16, and at
+contiguous allocators with as much memory; `benchmarks/contiguous.py` says how those work and what
+the states of memory are. In
 Quire's blocks they are the same: "reserved" is a slot of a block that its sequence will write,
 "internal" one that it never will, "free" a block that nobody holds, of which admission keeps some
 back for those that run. Figures are means over the steps after a fifth that is not counted.
@@ -36,23 +37,13 @@ CONTIGUOUS: dict[str, tuple[str, Callable[[int], Allocator]]] = {
     "pow2, first fit": ("pow2", FirstFit),
     "oracle, first fit": ("oracle", FirstFit),
 }
-# Figure 2 (for vLLM of the memory that is allocated, for Orca of all of it) and figure 13, of
-# OPT-13B; ours is in the place of vLLM.
+# Figure 2, of OPT-13B: for vLLM of the memory that is allocated, for Orca of all of it. Ours is in
+# the place of vLLM.
 PAPER_TOKENS = {
     ("sharegpt", QUIRE): 0.963,
     ("sharegpt", "max, buddy"): 0.204,
     ("sharegpt", "pow2, buddy"): 0.268,
     ("sharegpt", "oracle, buddy"): 0.382,
-}
-PAPER_RUNNING = {
-    ("sharegpt", QUIRE): 30.42,
-    ("sharegpt", "max, buddy"): 7.00,
-    ("sharegpt", "pow2, buddy"): 9.81,
-    ("sharegpt", "oracle, buddy"): 13.62,
-    ("alpaca", QUIRE): 132.44,
-    ("alpaca", "max, buddy"): 7.00,
-    ("alpaca", "pow2, buddy"): 43.24,
-    ("alpaca", "oracle, buddy"): 72.75,
 }
 TITLES = {"sharegpt": "ShareGPT-like", "alpaca": "Alpaca-like", "azure": "Azure conversations"}
 NO_TRACES = "azure: left out, because --traces does not say where its trace is"
@@ -103,7 +94,6 @@ def _line(workload: Workload, name: str, figures: Line) -> Line:
         "allocator": name,
         **figures,
         "paper_tokens": PAPER_TOKENS.get(key),
-        "paper_running": PAPER_RUNNING.get(key),
     }
 
 
@@ -151,8 +141,7 @@ def render(lines: Sequence[Line]) -> str:
                 percent(line["tokens"]) + (f" ({paper})" if paper != "–" and not blocks else ""),
                 *(percent(line[state]) for state in STATES[1:]),
                 held + (f" ({paper})" if paper != "–" and blocks else ""),
-                number(line["running"])
-                + (f" ({line['paper_running']:.1f})" if line["paper_running"] else ""),
+                number(line["running"]),
                 percent(line.get("recomputed_of_tokens")),
             ]
         )

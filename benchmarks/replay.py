@@ -51,6 +51,7 @@ def limits_for(pool_tokens: int, max_length: int) -> SchedulerLimits:
         step_tokens=STEP_TOKENS,
         chunk_tokens=STEP_TOKENS,
         waiting_requests=1 << 30,
+        waiting_tokens=1 << 40,
     )
 
 

@@ -203,6 +203,7 @@ class Scheduler:
         plan = Plan(step=self._step + 1)
         sampled: list[int] = []
         self.swap.begin_plan()
+        self._branched = []
         for group in dict.fromkeys(self._unwanted):
             if group in self._resident:
                 self._preempt(plan, group)
