@@ -1,13 +1,15 @@
-"""Control-plane CPU time and bytes of a steady decode step, by number of sequences.
+"""Control-plane CPU time and bytes of a decode step: steady, by number of sequences, and changing.
 
 `schedule` plus `apply` is the aim's figure; encoding the plan and decoding the result come on top.
-The engine is stood in for by results that are made before the clock runs.
+The engine is stood in for by results that are made before the clock runs. Under pressure a fifth of
+the slots changes state in each step: in one step they are preempted, in the next they come back.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from typing import Literal
 
 import numpy as np
 
@@ -23,9 +25,12 @@ PROMPT = 128
 STEPS = 128
 
 
-def _running(count: int) -> Scheduler:
+def _running(count: int, preemption: Literal["swap", "recompute"] = "swap") -> Scheduler:
     """A scheduler with `count` sequences in their decode phase, at all phases of a block."""
-    limits = SchedulerLimits("bench", 16, count * 64, count, 1024, 2048 + 16 * count, 2048, count)
+    limits = SchedulerLimits(
+        "bench", 16, count * 64, count, 1024, 2048 + 160 * count, 2048, count,
+        host_block_count=count * 64, preemption=preemption,
+    )  # fmt: skip
     scheduler = Scheduler(limits)
     rng = np.random.default_rng(0)
     for index in range(count):
@@ -33,7 +38,7 @@ def _running(count: int) -> Scheduler:
         prompt = rng.integers(0, 32_000, length).astype(np.int32)
         stop = (2,)
         scheduler.submit(Request(f"r{index}", prompt, max_tokens=800, stop_ids=stop))
-    while scheduler.waiting_count or scheduler._prefilling or scheduler._joining:
+    while scheduler.waiting_count or scheduler._prefilling:
         plan = scheduler.schedule()
         if plan is None:
             break
@@ -81,6 +86,32 @@ def measure(count: int) -> tuple[float, float, float]:
     return statistics.mean(core), statistics.mean(wire), statistics.mean(sizes)
 
 
+def measure_changes(preemption: Literal["swap", "recompute"]) -> tuple[float, float]:
+    """Returns mean ms of schedule + apply and mean slots that change state, at 1024 sequences."""
+    count, times, changes = 1024, [], []
+    scheduler = _running(count, preemption)
+    scheduler.schedule()
+    rng = np.random.default_rng(1)
+    for step in range(STEPS):
+        if step % 2 == 0:
+            groups = scheduler.resident_groups
+            for chosen in rng.choice(len(groups), count // 5, replace=False).tolist():
+                scheduler.preempt(groups[chosen])
+        began = time.thread_time_ns()
+        plan = scheduler.schedule()
+        scheduled = time.thread_time_ns()
+        assert plan is not None
+        crossings = [*plan.swapped_out, *plan.swapped_in]
+        moved = sum(len(crossing.slots) for crossing in crossings)
+        changes.append(len(plan.released) + len(plan.admissions) + moved)
+        flight = scheduler._in_flight[0]
+        result = StepResult(flight.step, _tokens(len(flight.slots)))
+        made = time.thread_time_ns()
+        scheduler.apply(result)
+        times.append((scheduled - began + time.thread_time_ns() - made) / 1e6)
+    return statistics.mean(times), statistics.mean(changes)
+
+
 def main() -> None:
     base = None
     for count in (64, 256, 1024, 4096):
@@ -95,6 +126,21 @@ def main() -> None:
             sequences_growth=count / 64,
             bytes_per_step=size,
             aim_ms=0.5 if count == 1024 else None,
+        )
+        if count == 1024:
+            _report_changes(core)
+
+
+def _report_changes(steady: float) -> None:
+    for preemption in ("swap", "recompute"):
+        changing, changes = min(measure_changes(preemption) for _ in range(3))
+        report(
+            "scheduler_step_under_pressure",
+            preemption=preemption,
+            sequences=1024,
+            slots_changed_per_step=changes,
+            over_steady=changing / steady,
+            aim_over_steady=3.0 if preemption == "swap" else None,
         )
 
 

@@ -29,6 +29,7 @@ class BeamFields:
     width: int
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = "heuristic"
+    stream_best: bool = False
 
     def candidate_count(self, stop_ids: int) -> int:
         """Candidates of each beam that are looked at: enough for `width` that do not end."""
@@ -45,7 +46,13 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hypothesis:
-    """A finished beam. tokens: int32 [n], output only. score: with the length penalty."""
+    """A finished beam, or a running one as if it had ended.
+
+    Attributes:
+        tokens: int32 [n], output only.
+        score: with the length penalty.
+        stopped: the last token is a stop id.
+    """
 
     tokens: Int32Array
     score: float
@@ -68,6 +75,8 @@ class BeamSearch:
         length: tokens of each running beam, prompt included.
         moves: what the next step does, one entry a beam; empty while results are awaited.
         done: no beam goes on.
+        best: what scores best so far, finished or running, for a search that is to tell; the same
+            object while it stays the best. None before the first step and once the search is done.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class BeamSearch:
         self.prompt_length = self.length = prompt_length
         self.moves: list[Move] = []
         self.done = False
+        self.best: Hypothesis | None = None
         self._stop_ids = np.array(stop_ids, np.int64)
         # All beams begin alike: only the first one's continuations may win.
         self._scores = np.full(fields.width, NEVER)
@@ -100,11 +110,14 @@ class BeamSearch:
         Args:
             tokens_of: a beam's tokens, int32 [n], of which the first `length` count.
         """
-        best = self._best()
+        best = self._best_candidates()
         hits = np.isin(best.tokens, self._stop_ids) | (self.length + 1 >= self.limit)
         self._keep_finished(best, hits, tokens_of)
         running = best.scores + hits.astype(np.float32) * NEVER
         chosen = np.argsort(-running, kind="stable")[: self.fields.width]
+        if self.fields.stream_best:
+            # Running beams are all of one length, so the likeliest of them scores best.
+            self.best = self._best_with(self._hypothesis(best, int(chosen[0]), tokens_of))
         self._scores = running[chosen]
         self.length += 1
         self._reported = {}
@@ -112,7 +125,9 @@ class BeamSearch:
         full = len(self._hypotheses) == self.fields.width
         first = full and self.fields.early_stopping == "first"
         self.done = not self._improvable or first or bool(hits.all())
-        if not self.done:
+        if self.done:
+            self.best = None
+        else:
             self.moves = _matched(
                 [(int(best.parents[at]), int(best.tokens[at])) for at in chosen.tolist()],
                 self._permute,
@@ -126,7 +141,7 @@ class BeamSearch:
         """The best `count` finished beams, best first."""
         return self._hypotheses[:count]
 
-    def _best(self) -> _Candidates:
+    def _best_candidates(self) -> _Candidates:
         scores, parents, tokens = [], [], []
         for beam in range(self.fields.width):
             for token, logprob in self._reported[beam]:
@@ -147,23 +162,30 @@ class BeamSearch:
         full = len(self._hypotheses) == self.fields.width
         if not self._improvable or (full and self.fields.early_stopping == "first"):
             return
-        generated = self.length + 1 - self.prompt_length
-        penalty = np.float32(generated**self.fields.length_penalty)
-        found = []
-        for at in np.flatnonzero(hits[: self.fields.width]).tolist():
-            token = int(best.tokens[at])
-            tokens = tokens_of(int(best.parents[at]))[self.prompt_length : self.length]
-            found.append(
-                Hypothesis(
-                    np.append(tokens, np.int32(token)).astype(np.int32),
-                    float(best.scores[at] / penalty),
-                    bool(np.isin(token, self._stop_ids)),
-                )
-            )
+        ended = np.flatnonzero(hits[: self.fields.width]).tolist()
+        found = [self._hypothesis(best, at, tokens_of) for at in ended]
         # Stable: of equals the earlier one is kept.
         self._hypotheses = sorted(
             [*self._hypotheses, *found], key=lambda hypothesis: -hypothesis.score
         )[: self.fields.width]
+
+    def _hypothesis(
+        self, best: _Candidates, at: int, tokens_of: Callable[[int], Int32Array]
+    ) -> Hypothesis:
+        """One candidate with the tokens and the score that it has if it ends here."""
+        token = int(best.tokens[at])
+        tokens = tokens_of(int(best.parents[at]))[self.prompt_length : self.length]
+        penalty = np.float32((len(tokens) + 1) ** self.fields.length_penalty)
+        return Hypothesis(
+            np.append(tokens, np.int32(token)).astype(np.int32),
+            float(best.scores[at] / penalty),
+            bool(np.isin(token, self._stop_ids)),
+        )
+
+    def _best_with(self, running: Hypothesis) -> Hypothesis:
+        """The best hypothesis, or this beam if it scores better. Of equals, what is finished."""
+        finished = self._hypotheses[0] if self._hypotheses else running
+        return finished if finished.score >= running.score else running
 
     def _can_improve(self) -> bool:
         """Whether a running beam could still beat the worst hypothesis, by the chosen heuristic."""

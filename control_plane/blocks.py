@@ -7,20 +7,32 @@ hash, hence evictable) and free. The pool is pure: it knows nothing of time, eng
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from control_plane.eviction import EvictionOrder
+
 Int32Array = npt.NDArray[np.int32]
+
+# A reference, of the counts' own type: `ufunc.at` is forty times slower when it has to convert.
+ONE = np.int32(1)
 
 # What an engine is told about a block whose hash no longer holds.
 NO_HASH = bytes(16)
 
 
+# Of the pool's blocks, at most this share is pinned.
+PINNED_SHARE = 0.5
+
+
 class OutOfBlocks(Exception):
     """More blocks were asked for than are free or evictable; nothing was changed."""
+
+
+class TooManyPins(Exception):
+    """So many blocks cannot be pinned; nothing was changed."""
 
 
 class BlockPool:
@@ -28,9 +40,12 @@ class BlockPool:
 
     Blocks are taken from the free stack first. When that is empty, the least recently used cached
     block goes; since a block is always released before its parent, leaves go before their roots.
+
+    Args:
+        tenant_quota: cached blocks that one tenant may have while others want memory.
     """
 
-    def __init__(self, block_count: int) -> None:
+    def __init__(self, block_count: int, tenant_quota: int | None = None) -> None:
         self.block_count = block_count
         self.reference_counts = np.zeros(block_count, np.int32)
         self._hashed = np.zeros(block_count, np.bool_)
@@ -40,24 +55,32 @@ class BlockPool:
         self.used_count = 0
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
-        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._cached = EvictionOrder(tenant_quota)
+        self._pins: set[bytes] = set()
+        self._pinned = np.zeros(block_count, np.bool_)
+        self._first_place = np.zeros(block_count, np.int32)
         self._announced: dict[int, bytes] = {}
         # The last thing that happened to a hash is what counts for the index.
         self._index_changes: dict[bytes, bool] = {}
 
     @property
     def cached_count(self) -> int:
-        return len(self._evictable)
+        return len(self._cached) + self._cached.pinned_count
+
+    @property
+    def idle_pinned_count(self) -> int:
+        """Cached blocks that are pinned."""
+        return self._cached.pinned_count
 
     @property
     def available_count(self) -> int:
-        """Blocks that `allocate` can hand out: free and cached ones."""
-        return self.free_count + len(self._evictable)
+        """Blocks that `allocate` can hand out: free ones, and cached ones that are not pinned."""
+        return self.free_count + len(self._cached)
 
     @property
     def conserved(self) -> bool:
         """Whether free + cached + referenced = total: counters only, cheap enough for each step."""
-        return self.available_count + self.used_count == self.block_count
+        return self.free_count + self.cached_count + self.used_count == self.block_count
 
     def allocate(self, count: int) -> Int32Array:
         """Returns `count` blocks, int32 [count], each with one reference and no hash.
@@ -78,18 +101,26 @@ class BlockPool:
     def share(self, blocks: Int32Array) -> None:
         """Adds one reference to each of `blocks`, which are referenced or cached."""
         for block in blocks[self.reference_counts[blocks] == 0].tolist():
-            del self._evictable[block]
+            self._cached.discard(block)
             self.used_count += 1
         self.reference_counts[blocks] += 1
 
     def release(self, blocks: Int32Array) -> None:
         """Drops one reference from each of `blocks`: one sequence's table, in order."""
         self.reference_counts[blocks] -= 1
-        unused = blocks[self.reference_counts[blocks] == 0]
-        self.used_count -= len(unused)
-        hashed = self._hashed[unused]
-        self._push_free(unused[~hashed])
-        self._evictable.update(dict.fromkeys(unused[hashed][::-1].tolist()))
+        self._unuse(blocks[self.reference_counts[blocks] == 0])
+
+    def release_all(self, blocks: Int32Array) -> None:
+        """Drops references as `release` does, for tables that follow one another."""
+        np.subtract.at(self.reference_counts, blocks, ONE)
+        self._unuse(self.distinct(blocks[self.reference_counts[blocks] == 0]))
+
+    def distinct(self, blocks: Int32Array) -> Int32Array:
+        """Returns `blocks` without repetitions, in order of first occurrence, without sorting."""
+        places = np.arange(len(blocks), dtype=np.int32)
+        self._first_place[blocks[::-1]] = places[::-1]
+        first: Int32Array = blocks[self._first_place[blocks] == places]
+        return first
 
     def match(self, hashes: Sequence[bytes]) -> Int32Array:
         """Returns the blocks that hold the longest known prefix of the chain `hashes`."""
@@ -101,13 +132,18 @@ class BlockPool:
             blocks.append(block)
         return np.array(blocks, np.int32)
 
+    def revived_count(self, blocks: Int32Array) -> int:
+        """How many of the blocks that `match` found are available now and will not be if shared."""
+        unused = (self.reference_counts[blocks] == 0) & ~self._pinned[blocks]
+        return int(np.count_nonzero(unused))
+
     def block_of(self, digest: bytes) -> int | None:
         return self._block_of.get(digest)
 
     def hash_of(self, block: int) -> bytes | None:
         return self._hash_of.get(block)
 
-    def publish(self, block: int, digest: bytes) -> None:
+    def publish(self, block: int, digest: bytes, tenant: str = "") -> None:
         """Makes a full, referenced block findable.
 
         The first block in use with a hash keeps it; one that is only cached gives way and is free.
@@ -118,11 +154,12 @@ class BlockPool:
         if former is not None:
             if self.reference_counts[former]:
                 return
-            del self._evictable[former]
+            self._cached.discard(former)
             self._drop_hash(former)
             self._announced[former] = NO_HASH
             self._push_free(np.array([former], np.int32))
         self._restore_hash(block, digest)
+        self._cached.assign(block, tenant)
         self._announced[block] = digest
 
     def forget(self, blocks: Int32Array) -> None:
@@ -141,7 +178,44 @@ class BlockPool:
         self.used_count = int(np.count_nonzero(reference_counts))
         self.free_count = 0
         self._push_free(np.flatnonzero(unused & ~self._hashed).astype(np.int32)[::-1])
-        self._evictable.update(dict.fromkeys(np.flatnonzero(unused & self._hashed).tolist()))
+        self._cache(np.flatnonzero(unused & self._hashed).astype(np.int32))
+
+    # Pins.
+
+    def pin(self, digests: Iterable[bytes]) -> None:
+        """Keeps blocks with these hashes, those that get them later included, from being evicted.
+
+        Raises:
+            TooManyPins: they would be more than half of the pool.
+        """
+        pins = self._pins.union(digests)
+        most = int(self.block_count * PINNED_SHARE)
+        if len(pins) > most:
+            raise TooManyPins(f"{len(pins)} blocks; of {self.block_count}, {most} can be pinned")
+        for digest in pins - self._pins:
+            block = self._block_of.get(digest)
+            if block is not None:
+                self._pinned[block] = True
+                self._cached.pin(block)
+        self._pins = pins
+
+    def unpin(self, digests: Iterable[bytes]) -> None:
+        for digest in self._pins.intersection(digests):
+            self._pins.discard(digest)
+            block = self._block_of.get(digest)
+            if block is not None:
+                self._pinned[block] = False
+                self._cached.unpin(block)
+
+    def yield_pinned(self, count: int) -> bool:
+        """Lets up to `count` pinned blocks be evicted, for a sequence that nothing else can help.
+
+        Their hashes stay pinned, so that the next blocks that get them are. Returns whether there
+        was one.
+        """
+        yielded = self._cached.yield_pinned(count)
+        self._pinned[yielded] = False
+        return bool(yielded)
 
     def take_announced(self) -> dict[int, bytes]:
         """Returns the hashes published since the last call, by block: what the engine is told."""
@@ -161,7 +235,7 @@ class BlockPool:
         """Raises AssertionError unless free + cached + referenced = total."""
         referenced = int(np.count_nonzero(self.reference_counts))
         free = self._free[: self.free_count]
-        cached = np.fromiter(self._evictable, np.int32, len(self._evictable))
+        cached = np.fromiter(self._cached, np.int32, self.cached_count)
         counted = np.bincount(np.concatenate([free, cached]), minlength=self.block_count)
         counted += self.reference_counts > 0
         if (
@@ -179,10 +253,23 @@ class BlockPool:
             raise AssertionError("hash and block maps disagree")
 
     def _evict(self, count: int) -> None:
-        blocks = [self._evictable.popitem(last=False)[0] for _ in range(count)]
+        blocks = [self._cached.pop() for _ in range(count)]
         for block in blocks:
             self._drop_hash(block)
         self._push_free(np.array(blocks[::-1], np.int32))
+
+    def _unuse(self, unused: Int32Array) -> None:
+        self.used_count -= len(unused)
+        hashed = self._hashed[unused]
+        self._push_free(unused[~hashed])
+        self._cache(unused[hashed][::-1])
+
+    def _cache(self, blocks: Int32Array) -> None:
+        pinned = self._pinned[blocks]
+        if pinned.any():
+            self._cached.add_pinned(blocks[pinned].tolist())
+            blocks = blocks[~pinned]
+        self._cached.add(blocks.tolist())
 
     def _push_free(self, blocks: Int32Array) -> None:
         self._free[self.free_count : self.free_count + len(blocks)] = blocks
@@ -192,12 +279,14 @@ class BlockPool:
         self._block_of[digest] = block
         self._hash_of[block] = digest
         self._hashed[block] = True
+        self._pinned[block] = digest in self._pins
         self._index_changes[digest] = True
 
     def _drop_hash(self, block: int) -> None:
         digest = self._hash_of.pop(block)
         del self._block_of[digest]
-        self._hashed[block] = False
+        self._hashed[block] = self._pinned[block] = False
+        self._cached.forget(block)
         # An announcement that the engine has not seen yet must not outlive the block's content.
         self._announced.pop(block, None)
         self._index_changes[digest] = False

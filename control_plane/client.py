@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeAlias, TypedDict, Unpack, cast
 
@@ -45,6 +46,7 @@ class Options(TypedDict, total=False):
     model: str | None
     priority: int | None
     request_id: str | None
+    max_waiting_time: timedelta | None
     # Sampling. A temperature of 0 is greedy, absent is 1.
     temperature: float | None
     top_k: int | None
@@ -65,7 +67,7 @@ class Options(TypedDict, total=False):
     sample_count: int | None
     logprob_count: int | None
     prompt_logprob_count: int | None
-    # Beam search.
+    # Beam search; with `stream_best`, what it has found so far comes as `best_so_far` events.
     beam_search: pb.BeamSearch | None
 
 
@@ -99,6 +101,14 @@ class CallError(Exception):
         for detail in self.details:
             if isinstance(detail, error_details_pb2.BadRequest) and detail.field_violations:
                 return str(detail.field_violations[0].field)
+        return ""
+
+    @property
+    def reason(self) -> str:
+        """What programs can tell the error from others by, if the service says it."""
+        for detail in self.details:
+            if isinstance(detail, error_details_pb2.ErrorInfo):
+                return str(detail.reason)
         return ""
 
     @property
@@ -191,6 +201,7 @@ class Client:
     ) -> AsyncGenerator[pb.GenerateResponse]:
         """Streams one request's events: Accepted, Deltas, a Finished per sample, Usage.
 
+        A beam search that is asked to has BestSoFar events between Accepted and its first Delta.
         An iteration that is left early ends the generation; close the iterator to do so at once.
 
         Args:
@@ -204,7 +215,7 @@ class Client:
             prompt = make_request(prompt, **options)
         elif options:
             raise TypeError("options come with a prompt; a request has its own")
-        progress, patience = _Progress(prompt), _Patience(self.retry_seconds)
+        progress, patience = _Progress(prompt), _Patience(prompt, self.retry_seconds)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
@@ -212,7 +223,9 @@ class Client:
             try:
                 async for event in call:
                     if progress.take(event):
-                        patience.renew()
+                        # A search that begins again shows its best again, and is no further.
+                        if event.WhichOneof("event") != "best_so_far":
+                            patience.renew()
                         yield event
                 return
             except grpc.aio.AioRpcError as error:
@@ -316,8 +329,9 @@ class _Progress:
 class _Patience:
     """When to try again, and when no more."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, request: pb.GenerateRequest, seconds: float) -> None:
         self._seconds = seconds
+        self._waits_once = request.HasField("max_waiting_time")
         self.renew()
 
     def renew(self) -> None:
@@ -331,6 +345,8 @@ class _Patience:
         Raises:
             CallError: the same error, where another attempt is of no use or comes too late.
         """
+        if self._waits_once and error.reason == "WAITED_TOO_LONG":
+            raise error  # To wait again would be longer than the caller wants to.
         now = time.monotonic()
         if self._failing_since is None:
             self._failing_since = now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
@@ -15,15 +16,25 @@ from google.protobuf.message import DecodeError
 
 from control_plane import records
 from control_plane.engine_link import EngineFacts
-from control_plane.generation import Delta, Detached, Ending, Generation, Generations
+from control_plane.generation import (
+    BestSoFar,
+    Delta,
+    Detached,
+    Ending,
+    Generation,
+    Generations,
+    WaitedTooLong,
+)
 from control_plane.metrics import Metrics
+from control_plane.overload import UNKNOWN
 from control_plane.plan import Logprob
 from control_plane.request import FinishReason, Request, pool_room
 from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
-from control_plane.scheduler import NeverFits, QueueFull
+from control_plane.scheduler import NeverFits
 from control_plane.step_loop import StepLoop
 from control_plane.tokenizer import PromptError, PromptTokenizer
 from control_plane.utf8 import find_invalid_utf8
+from control_plane.wait_queue import QueueFull
 from protos import validation, wire
 from protos.inference.v1 import inference_pb2 as pb
 
@@ -63,6 +74,7 @@ class Frontend:
     """Thin: validates, tokenises, hands over, and streams what the generation has.
 
     Args:
+        max_waiting_seconds: how long a request may wait for an engine; 0: no limit.
         tenant_of: whose prefix cache a call uses, from its authenticated peer.
     """
 
@@ -71,10 +83,12 @@ class Frontend:
         router: Router,
         generations: Generations,
         metrics: Metrics,
+        max_waiting_seconds: float = 0.0,
         tenant_of: Callable[[wire.Context], str] = lambda _: "",
     ) -> None:
         self._router, self._generations = router, generations
         self._metrics, self._tenant_of = metrics, tenant_of
+        self._max_waiting_seconds = max_waiting_seconds or math.inf
         self.draining = False
 
     async def Generate(
@@ -148,7 +162,16 @@ class Frontend:
         stop_strings = tuple(message.stopping.stop_strings)
         generation = Generation(request, digest, tokenizer, stop_strings, facts.kind)
         self._submit(loop, generation)
+        generation.limit_waiting(self._waiting_limit(message))
         return generation
+
+    def _waiting_limit(self, message: pb.GenerateRequest) -> float:
+        if any(message.received_token_counts):
+            return math.inf  # An engine had taken it before its stream broke.
+        if not message.HasField("max_waiting_time"):
+            return self._max_waiting_seconds
+        own: float = message.max_waiting_time.ToTimedelta().total_seconds()
+        return min(own, self._max_waiting_seconds)
 
     def _existing(self, request_id: str, digest: bytes) -> Generation | None:
         generation = self._generations.get(request_id) if request_id else None
@@ -217,11 +240,20 @@ class Frontend:
                     for event in _events(delta, generation):
                         await context.write(event)
             await context.write(pb.GenerateResponse(usage=_usage(generation)))
+        except WaitedTooLong as late:
+            raise self._expired(generation, late) from late
         finally:
             # A stream that ends early has lost its client: without any, nobody wants the rest.
             unwanted = not generation.finished and generation.subscriber_count == 0
             if unwanted and not generation.detached:
                 self._router.cancel(generation)
+
+    def _expired(self, generation: Generation, late: WaitedTooLong) -> wire.RpcError:
+        """To come back once what waits with it now, itself included, would have been admitted."""
+        self._metrics.expired.inc()
+        loop = self._router.loop_of(generation)
+        seconds = loop.drain_seconds() if loop is not None else UNKNOWN
+        return wire.overloaded(str(late), seconds, "WAITED_TOO_LONG")
 
 
 def add_to_server(frontend: Frontend, server: grpc.aio.Server) -> None:
@@ -258,9 +290,15 @@ def _usage(generation: Generation) -> pb.Usage:
     )
 
 
-def _events(delta: Delta | None, generation: Generation) -> Iterable[pb.GenerateResponse]:
+def _events(
+    delta: Delta | BestSoFar | None, generation: Generation
+) -> Iterable[pb.GenerateResponse]:
     if delta is None:
         yield pb.GenerateResponse(accepted=_accepted(generation))
+        return
+    if isinstance(delta, BestSoFar):
+        best = pb.BestSoFar(text=delta.text, token_ids=delta.token_ids, score=delta.score)
+        yield pb.GenerateResponse(best_so_far=best)
         return
     if delta.token_ids or delta.text or delta.prompt_logprobs:
         yield pb.GenerateResponse(

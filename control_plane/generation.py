@@ -7,6 +7,7 @@ for a client: a slow one finds several tokens at once when it comes back.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Hashable, Iterator
 from dataclasses import dataclass, field
 
@@ -23,6 +24,10 @@ MAX_DELTA_LOGPROBS = 256
 
 class Detached(Exception):
     """A generation does not go on at this replica; another one may have it."""
+
+
+class WaitedTooLong(Exception):
+    """No engine took a request within the time that it may wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,15 @@ class Delta:
     ending: Ending | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class BestSoFar:
+    """What a beam search would answer if it ended now; replaces what was told before."""
+
+    text: str
+    token_ids: list[int]
+    score: float
+
+
 class Generation:
     """A request from its arrival to the last token of its last sample.
 
@@ -68,6 +82,7 @@ class Generation:
 
     Attributes:
         group: its sequences; replaced when the request moves to another scheduler.
+        best: what a search that is to tell has found so far; None once it has ended.
     """
 
     def __init__(
@@ -79,6 +94,7 @@ class Generation:
         kind: Hashable,
     ) -> None:
         self.request, self.digest, self.kind = request, digest, kind
+        self.tokenizer = tokenizer
         self.samples = [
             Sample(SampleText(tokenizer, stop_strings)) for _ in range(request.sample_count)
         ]
@@ -89,6 +105,8 @@ class Generation:
         self.accepted = False
         self.engine_deaths = 0
         self.detached = False
+        self.best: Hypothesis | None = None
+        self._waiting_since, self._waiting_limit = 0.0, math.inf
         self._subscribers: set[asyncio.Event] = set()
 
     @property
@@ -105,6 +123,10 @@ class Generation:
     @property
     def subscriber_count(self) -> int:
         return len(self._subscribers)
+
+    def limit_waiting(self, seconds: float) -> None:
+        """Begins the time within which an engine has to take it, whichever engine that will be."""
+        self._waiting_since, self._waiting_limit = asyncio.get_running_loop().time(), seconds
 
     # What the engine's side says.
 
@@ -140,7 +162,14 @@ class Generation:
             sample.ending = Ending(reason, stop_token_id=sample.token_ids[-1])
         else:
             sample.ending = Ending(reason, message=message)
+        self.best = None
         self._wake()
+
+    def show_best(self, best: Hypothesis) -> None:
+        """Lets readers know what a beam search has found so far; a slow one gets the latest."""
+        if best is not self.best:
+            self.best = best
+            self._wake()
 
     def end_beams(self, hypotheses: list[Hypothesis]) -> None:
         """Ends every sample with a hypothesis of a beam search, best first."""
@@ -159,6 +188,7 @@ class Generation:
         """Ends what has not ended, touching nothing that may have failed."""
         for sample in self.samples:
             sample.ending = sample.ending or Ending(FinishReason.ERROR, message=message)
+        self.best = None
         self._wake()
 
     def detach(self) -> None:
@@ -172,22 +202,25 @@ class Generation:
 
     # What clients read.
 
-    async def deltas(self, received: list[int]) -> AsyncGenerator[Delta | None]:
+    async def deltas(self, received: list[int]) -> AsyncGenerator[Delta | BestSoFar | None]:
         """Yields what is new, from `received[i]` tokens of sample i on, until all have ended.
 
         Yields None once, when the request is accepted.
 
         Raises:
             Detached: it does not go on at this replica.
+            WaitedTooLong: it was not accepted in time; its readers leave it, so it is unwanted.
         """
         event = asyncio.Event()
         self._subscribers.add(event)
         readers = [_Reader(self, i, received[i]) for i in range(len(self.samples))]
+        best = _BestReader(self)
         try:
-            while not (self.accepted or self.finished):
-                await self._news(event)
+            await self._admission(event)
             yield None
             while any(not reader.done for reader in readers):
+                if (found := best.advance()) is not None:
+                    yield found
                 for reader in readers:
                     for delta in reader.advance():
                         yield delta
@@ -196,6 +229,23 @@ class Generation:
                 await self._news(event)
         finally:
             self._subscribers.discard(event)
+
+    async def _admission(self, event: asyncio.Event) -> None:
+        """Waits until an engine takes it, or it has ended.
+
+        Each reader keeps the time itself, so that it passes whatever becomes of engine and leader.
+        """
+        limit = self._waiting_limit
+        until = self._waiting_since + limit if limit < math.inf else None
+        try:
+            async with asyncio.timeout_at(until):
+                while not (self.accepted or self.finished):
+                    await self._news(event)
+        except TimeoutError:
+            if not (self.accepted or self.finished):
+                waited = round(asyncio.get_running_loop().time() - self._waiting_since, 2)
+                sentence = f"waited {waited:g} s for an engine; at most {limit:g} s are allowed"
+                raise WaitedTooLong(sentence) from None
 
     async def _news(self, event: asyncio.Event) -> None:
         if not self.detached:
@@ -255,6 +305,36 @@ class _Reader:
         batch = self._generation.prompt_logprobs[start : start + MAX_DELTA_LOGPROBS]
         self._prompt_logprobs += len(batch)
         return batch
+
+
+class _BestReader:
+    """What one subscriber has been shown of a search's best.
+
+    Text is made here, when the subscriber takes it, and goes on from the one before if the tokens
+    do, as they mostly do.
+    """
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._shown: Hypothesis | None = None
+        self._tokens: list[int] = []
+        self._text: SampleText | None = None
+
+    def advance(self) -> BestSoFar | None:
+        """The best so far, unless it has been shown."""
+        best, former = self._generation.best, self._shown
+        if best is None or best is former:
+            return None
+        tokens, known = best.tokens.tolist(), len(self._tokens)
+        text = self._text
+        if text is None or (former and former.stopped) or tokens[:known] != self._tokens:
+            text, known = SampleText(self._generation.tokenizer, ()), 0
+        for token in tokens[known:]:
+            text.push(token)
+        if best.stopped:
+            text.finish()
+        self._shown, self._tokens, self._text = best, tokens, text
+        return BestSoFar(text.text, tokens, best.score)
 
 
 class Generations:

@@ -23,6 +23,10 @@ class Metrics:
             "quire_requests_rejected", "Calls ended with an error, by status.", ["code"],
             registry=self.registry,
         )  # fmt: skip
+        self.expired = Counter(
+            "quire_requests_expired", "Calls that waited too long for an engine.",
+            registry=self.registry,
+        )  # fmt: skip
 
     def observe(self, router: Router, index: PrefixIndex) -> None:
         self.registry.register(_StateCollector(router, index))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-# Seconds of history that count, and bounds of what a client is told.
-WINDOW, LEAST, MOST = 30.0, 0.1, 60.0
+# Seconds of history that count, bounds of what a client is told, and what it is told without any.
+WINDOW, LEAST, MOST, UNKNOWN = 30.0, 0.1, 60.0, 1.0
 
 
 class DrainRate:
@@ -22,10 +22,10 @@ class DrainRate:
         self._forget(now)
 
     def seconds_for(self, tokens: int, now: float) -> float:
-        """How long so many tokens will take to leave; 1 where nothing has left lately."""
+        """How long so many tokens will take to leave; `UNKNOWN` where nothing has left lately."""
         self._forget(now)
         if not self._tokens:
-            return 1.0
+            return UNKNOWN
         elapsed = max(now - self._admitted[0][0], LEAST)
         return min(max(tokens * elapsed / self._tokens, LEAST), MOST)
 

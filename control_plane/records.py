@@ -149,6 +149,7 @@ def _beam_request(
         width=message.beam_search.width,
         length_penalty=_or(message.beam_search, "length_penalty", 1.0),
         early_stopping=_EARLY_STOPPING[message.beam_search.early_stopping],
+        stream_best=message.beam_search.stream_best,
     )
     candidates = min(beams.candidate_count(len(stop_ids)), facts.vocabulary_size)
     return Request(

@@ -154,9 +154,9 @@ class SequenceGroup:
         return group
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Sort key: priority first, then arrival."""
-        return (self.request.priority, self.arrival)
+    def order(self) -> int:
+        """Sort key, unique on an engine: priority first, then arrival."""
+        return (self.request.priority << 48) + self.arrival
 
     @property
     def finished(self) -> bool:

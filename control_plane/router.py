@@ -79,6 +79,11 @@ class Router:
         self.predicted_tokens += max(hints.values(), default=0) * facts.block_size
         return hints
 
+    def loop_of(self, generation: Generation) -> StepLoop | None:
+        """The engine on which a generation waits or runs; None while that is lost."""
+        loops = [leader.loop for leader in self.leaders if leader.loop is not None]
+        return next((loop for loop in loops if loop.facts.engine_id == generation.engine_id), None)
+
     def rehome(self, stranded: list[Generation]) -> list[Generation]:
         """Moves generations of a dead engine to others of the same kind; returns the rest."""
         left = []

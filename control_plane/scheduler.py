@@ -9,12 +9,15 @@ are matched with the serial number of a slot's occupant.
 Policies: by priority, then first come, first served; decodes first, then chunks of prompts under a
 token budget. Out of blocks, the group that is last in that same order is preempted whole: swapped
 out to host memory, or released and later recomputed from its tokens, minus what the prefix cache
-still has, whichever costs less. A group that was preempted comes back before any that came later.
+still has, whichever costs less. A group that was preempted comes back before any that came later;
+what else may pass whom, the wait queue says.
+
+Nothing here is done sequence by sequence in a step that changes nothing: what the next plan does
+with a slot is marked in columns of the slot table.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections import deque
 from dataclasses import dataclass
 from typing import Literal
@@ -22,28 +25,18 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from control_plane.beams import BeamSearch, Hypothesis
-from control_plane.blocks import BlockPool, Int32Array
+from control_plane.beams import Hypothesis
+from control_plane.blocks import ONE, BlockPool, Int32Array
+from control_plane.branching import Branching
 from control_plane.hashing import PrefixHasher
 from control_plane.plan import Admission, Outcome, Plan, ResidentRow, StepResult
 from control_plane.request import FinishReason, Request, Sequence, SequenceGroup, ended_at
 from control_plane.slots import SlotTable
 from control_plane.swapping import CostModel, SwapSpace
+from control_plane.wait_queue import WaitQueue
 
 # Token ids that one plan's admissions carry, at most by one prompt more: four megabytes of message.
 ADMITTED_TOKENS = 1 << 20
-
-
-class QueueFull(Exception):
-    """The wait queue is at its limit; nothing was queued.
-
-    Attributes:
-        excess_tokens: prompt tokens that must leave the queue before the request fits.
-    """
-
-    def __init__(self, message: str, excess_tokens: int) -> None:
-        super().__init__(message)
-        self.excess_tokens = excess_tokens
 
 
 class NeverFits(Exception):
@@ -59,6 +52,7 @@ class SchedulerLimits:
         waiting_requests, waiting_tokens: most requests, and tokens of theirs, in the wait queue.
         host_block_count: blocks in host memory to swap to.
         preemption: how to preempt; auto: by cost.
+        tenant_share: of the pool, what one tenant's cached blocks may be while others want memory.
     """
 
     model_fingerprint: str
@@ -72,6 +66,12 @@ class SchedulerLimits:
     waiting_tokens: int = 1 << 20
     host_block_count: int = 0
     preemption: Literal["auto", "swap", "recompute"] = "auto"
+    tenant_share: float = 1.0
+
+    @property
+    def tenant_quota(self) -> int | None:
+        """Cached blocks of one tenant; None: no limit."""
+        return None if self.tenant_share >= 1 else int(self.tenant_share * self.block_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,29 +107,22 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.pool = BlockPool(limits.block_count)
+        self.pool = BlockPool(limits.block_count, limits.tenant_quota)
         self.slots = SlotTable(limits.slot_count, limits.max_length, limits.block_size)
         self.swap = SwapSpace(limits.host_block_count, self.pool, self.slots)
+        self.queue = WaitQueue(limits.waiting_requests, limits.waiting_tokens)
         self.costs = CostModel()
         self.totals = Totals()
+        self._branching = Branching(self.pool, self.slots)
         self._hashers: dict[str, PrefixHasher] = {}
         self._arrivals = 0
         self._step = 0
-        self._waiting: list[SequenceGroup] = []
-        self._resident: dict[SequenceGroup, None] = {}
-        self._prefilling: list[Sequence] = []
+        # Prompts that are being computed, in the order in which they began.
+        self._prefilling: dict[Sequence, None] = {}
         # Consumed by the next plan.
         self._unwanted: list[SequenceGroup] = []
         self._released: list[int] = []
-        self._joining: list[Sequence] = []
-        self._leaving: list[Int32Array] = []
-        self._forked: list[Sequence] = []
-        # Searches whose beams know how to go on, and those whose beams do so in the present plan.
-        self._branching: list[SequenceGroup] = []
-        self._branched: list[SequenceGroup] = []
         self._in_flight: deque[_InFlight] = deque()
-        # The head of the queue when it was last refused, and the room there was for it.
-        self._refused: tuple[Sequence, int, int, int] | None = None
 
     # What is wanted.
 
@@ -141,29 +134,15 @@ class Scheduler:
             QueueFull: too many requests or tokens wait.
         """
         self.check_fits(request)
-        self._check_queue(request)
+        self.queue.check(request)
         group = SequenceGroup.of(request, self._next_arrival())
-        self._enqueue(group)
+        self.queue.push(group)
         return group
 
     def resubmit(self, group: SequenceGroup) -> None:
         """Queues a group that was resident elsewhere; its sequences carry their tokens so far."""
         group.arrival = self._next_arrival()
-        self._enqueue(group)
-
-    def _check_queue(self, request: Request) -> None:
-        """An empty queue takes a prompt of any length."""
-        waiting, queued = len(self._waiting), self._queued_tokens
-        if waiting >= self.limits.waiting_requests:
-            share = queued // max(waiting, 1)
-            raise QueueFull(f"{waiting} requests wait already", share)
-        excess = queued + len(request.prompt) - self.limits.waiting_tokens
-        if waiting and excess > 0:
-            raise QueueFull(f"{queued} prompt tokens wait already", excess)
-
-    @property
-    def _queued_tokens(self) -> int:
-        return sum(len(seq.tokens) for group in self._waiting for seq in group.waiting)
+        self.queue.push(group)
 
     def check_fits(self, request: Request) -> None:
         """Raises NeverFits unless the request could run if it were alone on the engine."""
@@ -203,12 +182,10 @@ class Scheduler:
         plan = Plan(step=self._step + 1)
         sampled: list[int] = []
         self.swap.begin_plan()
-        self._branched = []
-        for group in dict.fromkeys(self._unwanted):
-            if group in self._resident:
-                self._preempt(plan, group)
-        self._unwanted = []
-        self._branch_beams(plan)
+        if self._unwanted:
+            unwanted, self._unwanted = dict.fromkeys(self._unwanted), []
+            self._preempt(plan, [group for group in unwanted if self.slots.holds(group)])
+        self._branching.branch_all(plan)
         run = self._decodes(plan)
         plan.decode_count = len(run)
         self._swap_in(plan)
@@ -249,8 +226,9 @@ class Scheduler:
         table.tokens[slots, table.known[slots]] = tokens
         table.known[slots] += 1
         beams = table.beam[slots]
-        hypotheses = self._report_beams(slots[beams], result) if beams.any() else []
+        hypotheses = []
         if beams.any():
+            hypotheses = self._report_beams(slots[beams], result)
             slots, tokens = slots[~beams], tokens[~beams]
         stopped = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)
         ended = stopped | (table.known[slots] >= table.limit[slots])
@@ -277,13 +255,13 @@ class Scheduler:
 
     @property
     def waiting_count(self) -> int:
-        return len(self._waiting)
+        return len(self.queue)
 
     @property
     def waiting_tokens(self) -> int:
         """Tokens that wait to be computed: of queued requests, and of prompts begun."""
         begun = [sequence.slot for sequence in self._prefilling]
-        return self._queued_tokens + int(
+        return self.queue.tokens + int(
             (self.slots.length[begun] - self.slots.computed[begun]).sum()
         )
 
@@ -294,7 +272,12 @@ class Scheduler:
     @property
     def groups(self) -> list[SequenceGroup]:
         """Resident, swapped and waiting groups; one may be resident and wait, while resumed."""
-        return list(dict.fromkeys([*self._resident, *self.swap.groups, *self._waiting]))
+        return list(dict.fromkeys([*self.resident_groups, *self.swap.groups, *self.queue]))
+
+    @property
+    def resident_groups(self) -> list[SequenceGroup]:
+        """Groups that have slots and are not swapped out, in order."""
+        return self.slots.groups_of(self.slots.on_device())
 
     # A new leader's beginning.
 
@@ -344,11 +327,9 @@ class Scheduler:
         group.arrival, group.admitted = self._next_arrival(), True
         prompt = len(group.request.prompt)
         resident = group.resident()
-        swapped = bool(self.slots.swapped[[sequence.slot for sequence in resident]].any())
-        if swapped:
-            bisect.insort(self.swap.groups, group, key=lambda swapped: swapped.order)
-        else:
-            self._resident[group] = None
+        slots = self.slots.of(group)
+        swapped = bool(self.slots.swapped[slots].any())
+        self.slots.order[slots] = group.order
         absent = [seq for seq in group.sequences if seq.slot < 0 and seq.finish is None]
         begun = any(len(seq.tokens) > prompt for seq in absent) or any(
             self.slots.known[seq.slot] > prompt for seq in resident
@@ -365,14 +346,12 @@ class Scheduler:
             elif swapped:
                 continue
             elif known > prompt and self.slots.computed[slot] == known - 1:
-                self._joining.append(sequence)
-                if self.slots.computed[slot] % self.limits.block_size:
-                    self._forked.append(sequence)  # Its last block may still be shared.
+                self.slots.join(slots[slots == slot])
             else:
-                self._prefilling.append(sequence)
+                self._prefilling[sequence] = None
         if group.waiting:
-            self._enqueue(group)
-        if swapped and absent and group in self.swap.groups:
+            self.queue.push(group)
+        if swapped and absent and group.resident():
             # Only whole groups are swapped; this one has lost a part.
             self._take_off(group)
 
@@ -381,56 +360,58 @@ class Scheduler:
     def _decodes(self, plan: Plan) -> Int32Array:
         """Gives every decoding sequence room for one more token; returns their slots, ascending."""
         table, size = self.slots, self.limits.block_size
-        joining = np.array([seq.slot for seq in self._joining if seq.slot >= 0], np.int32)
-        joining = joining[~table.swapped[joining]]
-        leaving = np.concatenate(self._leaving) if self._leaving else joining[:0]
-        leaving = leaving[table.decoding[leaving]]
-        self._joining, self._leaving = [], []
-        table.decoding[leaving] = False
-        table.decoding[joining] = True
+        joining = np.flatnonzero(table.joining).astype(np.int32)
+        leaving = np.flatnonzero(table.leaving).astype(np.int32)
+        if len(joining) or len(leaving):
+            table.joining[joining] = table.leaving[leaving] = False
+            table.decoding[leaving] = False
+            table.decoding[joining] = True
         while True:
             run = np.flatnonzero(table.decoding).astype(np.int32)
             copying = self._shared_tails()
             crossing = run[table.computed[run] == table.block_count[run] * size]
-            if len(crossing) + len(copying) <= self.pool.available_count:
+            short = len(crossing) + len(copying) - self.pool.available_count
+            if short <= 0:
                 break
-            self._preempt(plan, max(self._resident, key=lambda group: group.order))
-        self._forked = []
-        plan.decode_joins = joining[table.decoding[joining]] if len(joining) else joining
-        if len(leaving):
-            here = (table.block_count[leaving] > 0) & ~table.swapped[leaving]
-            plan.decode_leaves = leaving[here]
+            victims = self._victims(short)
+            if not self._yield_pinned(victims[0], short):
+                self._preempt(plan, victims)
+        table.forked[:] = False
+        if len(joining) or len(leaving):
+            here = (table.block_count > 0) & ~table.swapped
+            plan.decode_joins, plan.decode_leaves = joining[here[joining]], leaving[here[leaving]]
         if len(crossing):
             blocks = self.pool.allocate(len(crossing))
             table.blocks[crossing, table.block_count[crossing]] = blocks
             table.block_count[crossing] += 1
             plan.appended_slots, plan.appended_blocks = crossing, blocks
-        if copying:
-            self._copy_on_write(plan, np.array(copying, np.int32))
+        if len(copying):
+            self._copy_on_write(plan, copying)
         plan.touched_slots = np.concatenate([crossing, plan.decode_joins, plan.copied_slots])
         plan.touched_lengths = table.length[plan.touched_slots]
         table.computed[run] += 1
         table.length[run] += 1
         # Beams pause after each step, until it is known which of them go on.
-        ended = run[(table.length[run] >= table.limit[run]) | table.beam[run]]
-        if len(ended):
-            self._leaving.append(ended)
+        table.leaving[run[(table.length[run] >= table.limit[run]) | table.beam[run]]] = True
         return run
 
-    def _shared_tails(self) -> list[int]:
+    def _shared_tails(self) -> Int32Array:
         """Freshly forked slots that must copy their last block before they write into it."""
+        table = self.slots
+        if not table.forked.any():
+            return np.zeros(0, np.int32)
+        slots = np.flatnonzero(table.forked & table.decoding).astype(np.int32)
+        tails = table.blocks[slots, table.block_count[slots] - 1]
+        shared = self.pool.reference_counts[tails] > 1
         holders: dict[int, int] = {}
         copying = []
-        for sequence in self._forked:
-            slot = sequence.slot
-            if slot < 0 or not self.slots.decoding[slot]:
-                continue
-            block = int(self.slots.blocks[slot, self.slots.block_count[slot] - 1])
-            left = holders.setdefault(block, int(self.pool.reference_counts[block]))
+        for slot, block in zip(slots[shared].tolist(), tails[shared].tolist(), strict=True):
+            left = holders.get(block, int(self.pool.reference_counts[block]))
             if left > 1:
                 copying.append(slot)
-                holders[block] = left - 1
-        return copying
+            # The last holder writes in place.
+            holders[block] = left - 1
+        return np.array(copying, np.int32)
 
     def _copy_on_write(self, plan: Plan, slots: Int32Array) -> None:
         table = self.slots
@@ -440,7 +421,7 @@ class Scheduler:
         plan.copied_blocks = self.pool.allocate(len(slots))
         table.blocks[slots, indexes] = plan.copied_blocks
         # The last holder keeps the block, so none of these references is the last one.
-        np.subtract.at(self.pool.reference_counts, shared, 1)
+        np.subtract.at(self.pool.reference_counts, shared, ONE)
 
     def _touch_chunks(self, plan: Plan) -> None:
         admitted = {admission.slot for admission in plan.admissions}
@@ -469,7 +450,7 @@ class Scheduler:
         table.computed[slot] += count
         self._publish(sequence)
         if count == left:
-            self._prefilling.remove(sequence)
+            del self._prefilling[sequence]
             sampled.append(slot)
             for child in sequence.group.unforked:
                 self._fork(plan, sequence, child)
@@ -492,144 +473,53 @@ class Scheduler:
         plan.fork_samples.append(child.sample_index)
 
     def _sampled_first(self, parent: Sequence, children: list[Sequence]) -> None:
-        table = self.slots
-        family = [parent, *children]
-        for sequence in family:
-            table.length[sequence.slot] += 1
-            if (
-                parent.group.beams is None
-                and table.length[sequence.slot] < table.limit[sequence.slot]
-            ):
-                self._joining.append(sequence)
-        partial = table.computed[parent.slot] % self.limits.block_size
-        if children and partial and parent.group.beams is None:
-            self._forked += family
-
-    # Beams.
-
-    def _branch_beams(self, plan: Plan) -> None:
-        """Lets every search whose results are in take its next step, unless it is swapped out."""
-        ready = [group for group in self._branching if group in self._resident]
-        self._branching = [
-            group
-            for group in self._branching
-            if group not in ready and group.beams and group.beams.moves and not group.finished
-        ]
-        self._branched = [group for group in ready if group.beams and group.beams.moves]
-        for group in self._branched:
-            self._branch(plan, group)
-
-    def _branch(self, plan: Plan, group: SequenceGroup) -> None:
-        """Makes each beam a copy of its parent with another last token (paper, section 4.4)."""
-        search, table = group.beams, self.slots
-        if search is None:
-            return
-        moves = search.take_moves()
-        slots = [group.sequences[move.beam].slot for move in moves]
-        parents = [group.sequences[move.parent].slot for move in moves]
-        last = search.length - 1
-        tokens = table.tokens[parents, :last]
-        tables = [table.table(parent).copy() for parent in parents]
-        hashes = [list(group.sequences[move.parent].hashes) for move in moves]
-        published = [group.sequences[move.parent].published for move in moves]
-        dropped = [table.table(slot).copy() for slot in slots]
-        for blocks in tables:
-            self.pool.share(blocks)
-        for blocks in dropped:
-            self.pool.release(blocks)
-        for at, move in enumerate(moves):
-            sequence, slot = group.sequences[move.beam], slots[at]
-            table.set_blocks(slot, tables[at])
-            table.tokens[slot, :last] = tokens[at]
-            table.tokens[slot, last] = move.token
-            sequence.hashes, sequence.published = hashes[at], published[at]
-            self._joining.append(sequence)
-            if table.computed[slot] % self.limits.block_size:
-                self._forked.append(sequence)
-        plan.beam_slots += slots
-        plan.beam_parents += parents
-        plan.beam_tokens += [move.token for move in moves]
+        family = np.array([sequence.slot for sequence in (parent, *children)], np.int32)
+        self.slots.length[family] += 1
+        self.slots.join(family)
 
     def _report_beams(
         self, slots: Int32Array, result: StepResult
     ) -> list[tuple[SequenceGroup, list[Hypothesis]]]:
         """Hands candidates to the searches; returns the hypotheses of those that have ended."""
         found = []
-        for slot in slots.tolist():
-            sequence = self.slots.owner[slot]
-            group = sequence.group
-            search = group.beams
-            if not search.report(sequence.sample_index, result.logprobs[slot].top):
-                continue
-            search.advance(lambda beam, group=group: self._tokens_of(group.sequences[beam]))
-            if search.done:
-                found.append((group, search.hypotheses(group.request.sample_count)))
-                for beam in group.sequences:
-                    self._retire(beam, FinishReason.STOP)
-            else:
-                self._branching.append(group)
+        for group in self._branching.report(slots, result):
+            if group.beams is not None:
+                found.append((group, group.beams.hypotheses(group.request.sample_count)))
+            for beam in group.sequences:
+                self._retire(beam, FinishReason.STOP)
         return found
-
-    def _tokens_of(self, sequence: Sequence) -> Int32Array:
-        """A resident sequence's row of tokens; how many of them count, others know."""
-        row: Int32Array = self.slots.tokens[sequence.slot]
-        return row
-
-    def _settle_beams(self, group: SequenceGroup, search: BeamSearch) -> None:
-        """Gives the resident beams of a group that is taken off the tokens to go on from."""
-        moves, last = search.take_moves(), search.length - 1
-        rows = {
-            beam: self._tokens_of(sequence)[: search.length].copy()
-            for beam, sequence in enumerate(group.sequences)
-            if sequence.slot >= 0
-        }
-        for move in moves:
-            tokens = np.append(rows[move.parent][:last], np.int32(move.token))
-            group.sequences[move.beam].tokens = tokens.astype(np.int32)
-        if not moves:
-            for beam, row in rows.items():
-                group.sequences[beam].tokens = row
-        search.forget_reports()
 
     # Admission.
 
     def _admit(self, plan: Plan, budget: int, sampled: list[int]) -> None:
+        if budget <= 0 or not len(self.queue):
+            return
+        first_swapped = self.slots.order[self.slots.in_host_memory()[:1]]
         carried = 0
-        while self._waiting and budget > 0 and carried < ADMITTED_TOKENS:
-            group = self._waiting[0]
-            if self.swap.groups and self.swap.groups[0].order < group.order:
+        for group in self.queue.in_turn():
+            if len(first_swapped) and first_swapped[0] < group.order:
                 break
-            sequence = group.waiting[0]
-            # Siblings that are resumed follow one another, so that each finds the prompt it
-            # shares. That is no want of room, which would have to get better first.
-            if any(other.group is group for other in self._prefilling):
-                break
-            if self._hopeless(sequence) or not self._seat_waiting(plan, group, sequence):
-                self._refused = (sequence, *self._room())
-                break
-            carried += len(sequence.tokens)
-            group.waiting.pop(0)
-            if not group.waiting:
-                self._waiting.pop(0)
-            budget -= self._run_chunk(plan, sequence, budget, sampled)
+            while group.waiting and self._seat_waiting(plan, group, group.waiting[0]):
+                sequence = group.waiting[0]
+                self.queue.admit(group, sequence)
+                carried += len(sequence.tokens)
+                budget -= self._run_chunk(plan, sequence, budget, sampled)
+                if budget <= 0 or carried >= ADMITTED_TOKENS:
+                    return
 
     def _room(self) -> tuple[int, int, int]:
         """What admission depends on: available blocks, free slots, and who else runs."""
         return self.pool.available_count, self.slots.free_count, -self.running_count
 
-    def _hopeless(self, sequence: Sequence) -> bool:
-        """Whether a sequence was refused before and nothing has got better for it since.
-
-        Spares a long prompt at the head of the queue a lookup of all its hashes in every step.
-        """
-        refused, *room = self._refused or (None, 0, 0, 0)
-        return refused is sequence and all(
-            now <= then for now, then in zip(self._room(), room, strict=True)
-        )
-
     def _seat_waiting(self, plan: Plan, group: SequenceGroup, sequence: Sequence) -> bool:
-        """Admits the first waiting sequence of the first group if there is room for it."""
+        """Admits the first waiting sequence of a group if there is room for it."""
+        # Siblings that are resumed follow one another, so that each finds the prompt it shares.
+        # That is no want of room, which would have to get better first.
+        if any(other.group is group for other in self._prefilling):
+            return False
         if self.slots.free_count < len(group.waiting) + len(group.unforked):
+            return False
+        if self.queue.is_hopeless(group, self._room()):
             return False
         size, length = self.limits.block_size, len(sequence.tokens)
         # The first sample's pass reports the prompt's log-probabilities, so it computes all of it.
@@ -637,11 +527,14 @@ class Scheduler:
         reuse = not reports or sequence is not group.sequences[0]
         shared = self.pool.match(sequence.hashes if reuse else [])
         fresh = -(-length // size) - len(shared)
-        reviving = int(np.count_nonzero(self.pool.reference_counts[shared] == 0))
         # A few blocks stay free for those that decode, or admission would only cause preemption.
         reserve = min(self.running_count, -(-self.limits.block_count // 100))
-        if fresh + reviving + reserve > self.pool.available_count:
-            return False
+        while (
+            lacking := fresh + reserve + self.pool.revived_count(shared) - self.pool.available_count
+        ) > 0:
+            if not self._yield_pinned(group, lacking):
+                self.queue.refuse(group, self._room())
+                return False
         self.pool.share(shared)
         blocks = np.concatenate([shared, self.pool.allocate(fresh)])
         cached = len(shared) * size
@@ -652,11 +545,10 @@ class Scheduler:
         self.slots.computed[slot] = min(cached, length - 1)
         sequence.published, sequence.cached = len(shared), cached
         plan.admissions.append(Admission(sequence, slot, sequence.tokens, blocks, cached))
-        self._prefilling.append(sequence)
+        self._prefilling[sequence] = None
         for sibling in group.unforked:
             self.slots.occupy(sibling)
         self._count_admission(group, length, cached)
-        self._resident[group] = None
         group.admitted = True
         return True
 
@@ -669,68 +561,93 @@ class Scheduler:
 
     # Preemption.
 
-    def _preempt(self, plan: Plan, group: SequenceGroup) -> None:
-        """Takes a whole group's blocks, by whichever way costs less."""
-        group.preemptions += 1
-        self.totals.preemptions += 1
-        del self._resident[group]
-        branched = group in self._branched
-        if branched:
-            # An engine swaps before its beams go on, so these are computed again.
-            self._unbranch(plan, group)
-        if not branched and self._is_cheaper_to_swap(group):
-            plan.swapped_out.append(self.swap.swap_out(group))
-            self.totals.swaps += 1
+    def _victims(self, short: int) -> list[SequenceGroup]:
+        """The last groups, as few as could make up for so many blocks.
+
+        A sequence gives back at most its table, the block that it would cross into and the copy
+        that it would make, so each group that is returned is needed.
+        """
+        slots = self.slots.on_device()[::-1]
+        gains = (self.slots.block_count[slots] + 2).cumsum()
+        count = int(gains.searchsorted(short)) + 1
+        return self.slots.groups_of(slots[:count])
+
+    def _yield_pinned(self, group: SequenceGroup, count: int) -> bool:
+        """Gives up pinned blocks if nobody but this group is on the device; whether there were."""
+        if not self.pool.idle_pinned_count:
+            return False
+        alone = all(other is group for other in self.resident_groups)
+        return alone and self.pool.yield_pinned(count)
+
+    def _preempt(self, plan: Plan, groups: list[SequenceGroup]) -> None:
+        """Takes whole groups' blocks, by whichever way costs less."""
+        self.totals.preemptions += len(groups)
+        room, swapped = self._swapping_room, []
+        for group in groups:
+            group.preemptions += 1
+            blocks = self._blocks_to_swap(group) if room else 0
+            if 0 < blocks <= room:
+                room -= blocks
+                swapped.append(group)
+            else:
+                if self._branching.has_branched(group):
+                    # An engine swaps before its beams go on, so these are computed again.
+                    self._branching.undo(plan, group)
+                self._take_off(group)
+        if swapped:
+            slots = [seq.slot for group in swapped for seq in group.sequences if seq.slot >= 0]
+            plan.swapped_out.append(self.swap.swap_out(np.array(slots, np.int32)))
+            self.totals.swaps += len(swapped)
             self.totals.swapped_out_blocks += len(plan.swapped_out[-1].sources)
-        else:
-            self._take_off(group)
 
-    def _unbranch(self, plan: Plan, group: SequenceGroup) -> None:
-        """Takes a group's beams out of a plan that is being made; its slots will be released."""
-        slots = {sequence.slot for sequence in group.sequences}
-        kept = [at for at, slot in enumerate(plan.beam_slots) if slot not in slots]
-        for name in ("beam_slots", "beam_parents", "beam_tokens"):
-            setattr(plan, name, [getattr(plan, name)[at] for at in kept])
+    @property
+    def _swapping_room(self) -> int:
+        """Host blocks that may be swapped to now; none where recomputing costs less."""
+        forced = self.limits.preemption
+        if forced == "recompute" or (
+            forced == "auto" and not self.costs.swaps(self.limits.block_size)
+        ):
+            return 0
+        return self.swap.pool.available_count
 
-    def _is_cheaper_to_swap(self, group: SequenceGroup) -> bool:
-        """Whether the group can be swapped and should be; one that is not all decoding cannot."""
-        begun = not group.waiting and not group.unforked
-        if not begun or any(sequence in self._prefilling for sequence in group.resident()):
-            return False
-        blocks = len(self.swap.blocks_of(group))
-        if blocks > self.swap.pool.available_count or self.limits.preemption == "recompute":
-            return False
-        tokens = blocks * self.limits.block_size
-        cheaper = self.costs.swap_us(blocks) <= self.costs.recompute_us(tokens)
-        return cheaper or self.limits.preemption == "swap"
+    def _blocks_to_swap(self, group: SequenceGroup) -> int:
+        """How many blocks a group would swap; 0 if not all of it is decoding."""
+        if group.waiting or group.unforked or self._branching.has_branched(group):
+            return 0
+        if len(group.sequences) == 1:
+            sequence = group.sequences[0]
+            prefilling = sequence in self._prefilling
+            return 0 if prefilling else int(self.slots.block_count[sequence.slot])
+        if any(sequence in self._prefilling for sequence in group.sequences):
+            return 0
+        return len(self.swap.blocks_of(group))
 
     def _swap_in(self, plan: Plan) -> None:
         """Brings swapped groups back, first come first; they decode from the next plan on.
 
         Not in a plan that swaps out: it would read host blocks after others were written there.
         """
-        while self.swap.groups and not plan.swapped_out:
+        if plan.swapped_out or not self.slots.swapped.any():
+            return
+        if not len(self.slots.on_device()):
+            # Alone on the engine a group has room, and has to come back whoever waits.
             group = self.swap.groups[0]
-            precedes = bool(self._waiting) and self._waiting[0].order < group.order
-            blocks, sequences = len(self.swap.blocks_of(group)), len(group.resident())
-            # Room to write on, so that coming back does not cause the next preemption. Alone on
-            # the engine a group has that anyway, and has to come back whoever waits.
-            room = blocks + 2 * sequences + self.running_count // self.limits.block_size
-            if self._resident and (precedes or room > self.pool.available_count):
-                break
-            plan.swapped_in.append(self.swap.swap_in(group))
-            self.totals.swapped_in_blocks += blocks
-            self._resident[group] = None
-            self._rejoin(group)
+            lacking = len(self.swap.blocks_of(group)) - self.pool.available_count
+            if lacking > 0:
+                self.pool.yield_pinned(lacking)
+            self._bring_back(plan, self.slots.of(group))
+        # Room to write on, so that coming back does not cause the next preemption.
+        margin = self.running_count // self.limits.block_size
+        slots = self.swap.returning(self.pool.available_count, margin)
+        if (head := self.queue.head) is not None:
+            slots = slots[self.slots.order[slots] < head.order]
+        self._bring_back(plan, slots)
 
-    def _rejoin(self, group: SequenceGroup) -> None:
-        """Lets a group decode that is on the device again; tails may be shared since a fork."""
-        for sequence in group.resident() if group.beams is None else []:
-            slot = sequence.slot
-            if self.slots.length[slot] < self.slots.limit[slot]:
-                self._joining.append(sequence)
-                if self.slots.computed[slot] % self.limits.block_size:
-                    self._forked.append(sequence)
+    def _bring_back(self, plan: Plan, slots: Int32Array) -> None:
+        if len(slots):
+            plan.swapped_in.append(self.swap.swap_in(slots))
+            self.totals.swapped_in_blocks += len(plan.swapped_in[-1].sources)
+            self.slots.join(slots)
 
     def _take_off(self, group: SequenceGroup) -> None:
         """Releases a whole group; what it had computed stays cached while it can."""
@@ -738,7 +655,7 @@ class Scheduler:
         resident = group.resident()
         begun = any(self.slots.length[seq.slot] > prompt for seq in resident)
         if group.beams and not group.unforked:
-            self._settle_beams(group, group.beams)
+            self._branching.settle(group, group.beams)
         for sequence in resident:
             if sequence not in group.unforked and group.beams is None:
                 sequence.tokens = self.slots.known_tokens(sequence.slot).copy()
@@ -751,8 +668,7 @@ class Scheduler:
             group.waiting, group.unforked = unfinished, []
         else:
             group.waiting, group.unforked = unfinished[:1], unfinished[1:]
-        if group not in self._waiting:
-            self._enqueue(group)
+        self.queue.push(group)
 
     # Endings.
 
@@ -761,13 +677,10 @@ class Scheduler:
         sequence.finish = reason
         if sequence.slot >= 0:
             self._vacate(sequence, publish=publish)
-        for queue in (group.waiting, group.unforked):
-            if sequence in queue:
-                queue.remove(sequence)
-        if not group.waiting and group in self._waiting:
-            self._waiting.remove(group)
-        if group.finished:
-            self._resident.pop(group, None)
+        if sequence in group.unforked:
+            group.unforked.remove(sequence)
+        if sequence in group.waiting:
+            self.queue.take(group, sequence)
 
     def _fail(
         self,
@@ -792,15 +705,14 @@ class Scheduler:
     def _vacate(self, sequence: Sequence, *, publish: bool = True) -> None:
         slot = sequence.slot
         if self.slots.swapped[slot]:
-            self.swap.drop(sequence)
+            self.swap.pool.release(self.slots.table(slot))
             self._released.append(slot)
         elif self.slots.block_count[slot]:
             if publish:
                 self._publish(sequence, generated=True)
             self.pool.release(self.slots.table(slot))
             self._released.append(slot)
-        if sequence in self._prefilling:
-            self._prefilling.remove(sequence)
+        self._prefilling.pop(sequence, None)
         self.slots.vacate(slot)
 
     def _publish(self, sequence: Sequence, generated: bool = False) -> None:
@@ -815,9 +727,9 @@ class Scheduler:
             tokens = table.tokens[slot, : full * self.limits.block_size]
             sequence.hashes += self._hasher(sequence).extend(sequence.hashes, tokens)
         full = min(full, len(sequence.hashes))
-        blocks = table.blocks[slot]
+        blocks, salt = table.blocks[slot], sequence.group.request.salt
         for index in range(sequence.published, full):
-            self.pool.publish(int(blocks[index]), sequence.hashes[index])
+            self.pool.publish(int(blocks[index]), sequence.hashes[index], salt)
         sequence.published = max(sequence.published, int(full))
 
     def _hasher(self, sequence: Sequence) -> PrefixHasher:
@@ -827,9 +739,6 @@ class Scheduler:
                 self.limits.model_fingerprint, self.limits.block_size, salt
             )
         return self._hashers[salt]
-
-    def _enqueue(self, group: SequenceGroup) -> None:
-        bisect.insort(self._waiting, group, key=lambda waiting: waiting.order)
 
     def _next_arrival(self) -> int:
         self._arrivals += 1

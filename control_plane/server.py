@@ -42,7 +42,9 @@ class Replica:
         self.router = Router(self.generations, self.index)
         self.router.leaders += [self._leader(address) for address in _addresses(settings.engines)]
         self.metrics = Metrics()
-        self.frontend = frontend.Frontend(self.router, self.generations, self.metrics)
+        self.frontend = frontend.Frontend(
+            self.router, self.generations, self.metrics, settings.max_waiting_seconds
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._servers = [wire.server(), wire.server()]
         self.ports: list[int] = []
@@ -59,6 +61,7 @@ class Replica:
                 waiting_requests=settings.max_waiting_requests,
                 waiting_tokens=settings.max_waiting_tokens,
                 preemption=settings.preemption,
+                tenant_cache_share=settings.tenant_cache_share,
                 steps_in_flight=settings.steps_in_flight,
                 orphan_grace_seconds=settings.orphan_grace_seconds,
                 check_invariants=settings.check_invariants,

@@ -53,6 +53,15 @@ class Settings(BaseSettings):
     max_waiting_tokens: int = Field(
         1 << 20, ge=1, description="tokens of requests in the queue, at most; one always may wait"
     )
+    max_waiting_seconds: float = Field(
+        0.0, ge=0, description="seconds of a request in the queue, at most; 0: no limit"
+    )
+    tenant_cache_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="of the blocks, what one tenant's cached ones may be while others want memory",
+    )
     orphan_grace_seconds: float = Field(
         30.0, ge=0, description="seconds for clients to come back to what a new leader took over"
     )

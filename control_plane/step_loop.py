@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from control_plane import records
+from control_plane.beams import BeamSearch
 from control_plane.engine_link import EngineFacts, Leadership, LinkLost
 from control_plane.generation import Generation, Generations
 from control_plane.overload import DrainRate
@@ -23,8 +24,9 @@ from control_plane.plan import Logprob, Outcome, Plan, ResidentRow, Snapshot, St
 from control_plane.prefix_index import EngineLife, PrefixIndex
 from control_plane.prefix_stats import PrefixStats
 from control_plane.request import FinishReason, Sequence, SequenceGroup, ended_at
-from control_plane.scheduler import NeverFits, QueueFull, Scheduler, SchedulerLimits
+from control_plane.scheduler import NeverFits, Scheduler, SchedulerLimits
 from control_plane.tokenizer import PromptTokenizer
+from control_plane.wait_queue import QueueFull
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class LeaderSettings:
     waiting_requests: int = 1024
     waiting_tokens: int = 1 << 20
     preemption: Literal["auto", "swap", "recompute"] = "auto"
+    tenant_cache_share: float = 1.0
     steps_in_flight: int = 2
     heartbeat_seconds: float = 2.0
     retry_seconds: float = 0.1
@@ -103,11 +106,14 @@ class StepLoop:
                 chunk_tokens=min(settings.chunk_tokens, facts.step_tokens),
                 waiting_requests=settings.waiting_requests,
                 waiting_tokens=settings.waiting_tokens,
+                tenant_share=settings.tenant_cache_share,
             )
         )
         self._settings, self._abandon = settings, abandon
         self._generations, self._index, self._stats = generations, index, stats
         self._owners: dict[SequenceGroup, Generation] = {}
+        # Beam searches whose clients are told the best so far.
+        self._told: dict[SequenceGroup, BeamSearch] = {}
         self._wake = asyncio.Event()
         self._drain = DrainRate()
 
@@ -124,6 +130,10 @@ class StepLoop:
     def retry_seconds(self, refused: QueueFull) -> float:
         """When a request that the queue had no room for may find some."""
         return self._drain.seconds_for(refused.excess_tokens, time.monotonic())
+
+    def drain_seconds(self) -> float:
+        """When all that waits here may have found room."""
+        return self._drain.seconds_for(self.scheduler.waiting_tokens, time.monotonic())
 
     def resume(self, generation: Generation) -> None:
         """Queues a generation that ran before; it goes on after the tokens it has."""
@@ -145,7 +155,7 @@ class StepLoop:
         """Takes a generation off the engine, if it is here; blocks are free with the next plan."""
         if generation.group is not None and generation.group in self._owners:
             self.scheduler.cancel(generation.group)
-            del self._owners[generation.group]
+            self._disown(generation.group)
             self._wake.set()
 
     def close(self) -> list[Generation]:
@@ -156,7 +166,13 @@ class StepLoop:
     def _own(self, generation: Generation, group: SequenceGroup) -> None:
         generation.group, generation.engine_id = group, self.facts.engine_id
         self._owners[group] = generation
+        if group.beams is not None and group.beams.fields.stream_best:
+            self._told[group] = group.beams
         self._wake.set()
+
+    def _disown(self, group: SequenceGroup) -> None:
+        del self._owners[group]
+        self._told.pop(group, None)
 
     # Taking over.
 
@@ -380,10 +396,13 @@ class StepLoop:
                 self._close_if_finished(generation)
             except Exception:
                 self._contain(generation)
+        for group, search in self._told.items():
+            if search.best is not None:
+                self._owners[group].show_best(search.best)
 
     def _close_if_finished(self, generation: Generation) -> None:
         if generation.finished and generation.group in self._owners:
-            del self._owners[generation.group]
+            self._disown(generation.group)
             self._generations.finish(generation)
 
 
@@ -396,6 +415,10 @@ def _arrival(row: ResidentRow) -> int:
 
 def _continues(generation: Generation, row: ResidentRow) -> bool:
     """Whether a resident sequence can go on as it is: it has all that clients may have seen."""
+    if generation.request.beams and len(row.tokens) > row.prompt_count:
+        # What a search knows of its beams was in results only: it begins anew. Beams are also more
+        # than the samples that they are searched for.
+        return False
     sample = generation.samples[row.sample_index]
     known = len(sample.token_ids)
     output = row.tokens[row.prompt_count :].tolist()
@@ -424,7 +447,7 @@ def _group_so_far(generation: Generation) -> SequenceGroup:
     """Makes a group whose sequences go on after the tokens that the generation has."""
     group = SequenceGroup.of(generation.request, -1)
     if group.beams:
-        return group  # Nobody has seen anything of a search that has not ended.
+        return group  # What was shown of a search that has not ended is no part of its answer.
     for sequence, sample in zip(group.sequences, generation.samples, strict=True):
         if sample.ending is not None:
             sequence.finish = FinishReason.STOP

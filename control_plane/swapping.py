@@ -6,51 +6,71 @@ blocks. What its sequences share, they share there too: each block crosses once.
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 
 import numpy as np
 
-from control_plane.blocks import BlockPool, Int32Array
+from control_plane.blocks import ONE, BlockPool, Int32Array
 from control_plane.plan import Crossing
-from control_plane.request import Sequence, SequenceGroup
+from control_plane.request import SequenceGroup
 from control_plane.slots import SlotTable
 
 
 class SwapSpace:
-    """The host's blocks and the groups that are in them."""
+    """The host's blocks; which groups are in them, the slot table knows."""
 
     def __init__(self, host_block_count: int, device: BlockPool, slots: SlotTable) -> None:
         self.pool = BlockPool(host_block_count)
-        self.groups: list[SequenceGroup] = []
         self._device, self._slots = device, slots
-        # What crosses with the present plan, from -> to.
-        self._out: dict[int, int] = {}
-        self._in: dict[int, int] = {}
+        # Where blocks cross to with the present plan, by where they were; -1 for all others.
+        self._out = _Crossed(device.block_count)
+        self._in = _Crossed(host_block_count)
+
+    @property
+    def groups(self) -> list[SequenceGroup]:
+        """The swapped groups, in order."""
+        return self._slots.groups_of(self._slots.in_host_memory())
 
     def begin_plan(self) -> None:
         """Forgets what crossed with the last plan."""
-        self._out, self._in = {}, {}
+        self._out.clear()
+        self._in.clear()
 
     def blocks_of(self, group: SequenceGroup) -> Int32Array:
         """The distinct blocks of a group's tables, on whichever side they are."""
-        tables = [self._slots.table(sequence.slot) for sequence in group.resident()]
-        return np.unique(np.concatenate(tables)).astype(np.int32)
+        entries = self._slots.blocks[self._slots.entries(self._slots.of(group))]
+        return np.unique(entries).astype(np.int32)
 
-    def swap_out(self, group: SequenceGroup) -> Crossing:
-        """Moves all blocks of a group to the host, which must have room for them."""
-        crossing = self._cross(group, self._device, self.pool, self._out)
-        self._slots.swapped[crossing.slots] = True
-        self._slots.decoding[crossing.slots] = False
-        bisect.insort(self.groups, group, key=lambda member: member.order)
-        return crossing
+    def swap_out(self, slots: Int32Array) -> Crossing:
+        """Moves all blocks of whole groups to the host, which must have room for them."""
+        self._slots.pause(slots)
+        self._slots.swapped[slots] = True
+        return self._cross(slots, self._device, self.pool, self._out)
 
-    def swap_in(self, group: SequenceGroup) -> Crossing:
-        """Moves all blocks of a group back to the device, which must have room for them."""
-        crossing = self._cross(group, self.pool, self._device, self._in)
-        self._slots.swapped[crossing.slots] = False
-        self.groups.remove(group)
-        return crossing
+    def swap_in(self, slots: Int32Array) -> Crossing:
+        """Moves all blocks of whole groups back to the device, which must have room for them."""
+        self._slots.swapped[slots] = False
+        return self._cross(slots, self.pool, self._device, self._in)
+
+    def returning(self, room: int, margin: int) -> Int32Array:
+        """Slots of the groups that can come back, first ones first, as far as there is room.
+
+        Args:
+            room: blocks available on the device.
+            margin: blocks to be left when one has come back, beside two for each sequence of it.
+        """
+        slots = self._slots.in_host_memory()
+        if not len(slots):
+            return slots
+        order = self._slots.order[slots]
+        begins = np.flatnonzero(np.append(True, order[1:] != order[:-1]))
+        sizes = np.diff(np.append(begins, len(slots)))
+        needs = np.add.reduceat(self._slots.block_count[slots], begins)
+        for at in np.flatnonzero(sizes > 1).tolist():
+            needs[at] = len(self.blocks_of(self._slots.owner[slots[begins[at]]].group))
+        fits = needs.cumsum() + 2 * sizes + margin <= room
+        count = len(fits) if fits.all() else int(fits.argmin())
+        return slots[: int(sizes[:count].sum())]
 
     def restore(self, tables: list[Int32Array]) -> None:
         """Takes a fresh host pool to what an engine holds there: tables of swapped sequences."""
@@ -59,39 +79,43 @@ class SwapSpace:
             references[table] += 1
         self.pool.restore(references, {})
 
-    def drop(self, sequence: Sequence) -> None:
-        """Gives back the host blocks of one sequence, whose slot is about to be vacated."""
-        self.pool.release(self._slots.table(sequence.slot))
-        group = sequence.group
-        if all(other is sequence for other in group.resident()):
-            self.groups.remove(group)
-
     def _cross(
-        self,
-        group: SequenceGroup,
-        source_pool: BlockPool,
-        target_pool: BlockPool,
-        crossed: dict[int, int],
+        self, slots: Int32Array, source: BlockPool, target: BlockPool, crossed: _Crossed
     ) -> Crossing:
-        """Moves a group's tables and references; returns what crosses for it.
+        """Moves tables and references; returns what crosses for them.
 
         A block that crosses in this plan already, for another group, is shared with it there.
         """
-        sources = self.blocks_of(group)
-        targets = np.array([crossed.get(block, -1) for block in sources.tolist()], np.int32)
-        fresh = targets < 0
-        targets[fresh] = target_pool.allocate(int(fresh.sum()))
-        slots = np.array([sequence.slot for sequence in group.resident()], np.int32)
-        for slot in slots.tolist():
-            row = self._slots.table(slot)
-            source_pool.release(row.copy())
-            row[:] = targets[np.searchsorted(sources, row)]
-            target_pool.reference_counts[row] += 1
+        entries = self._slots.entries(slots)
+        leaving = self._slots.blocks[entries]
+        distinct = source.distinct(leaving)
+        fresh = distinct[crossed.target_of[distinct] < 0]
+        crossed.add(fresh, target.allocate(len(fresh)))
+        arriving = crossed.target_of[leaving]
+        self._slots.blocks[entries] = arriving
+        source.release_all(leaving)
         # Tables hold the references from here on; allocating had counted one more.
-        target_pool.reference_counts[targets[fresh]] -= 1
-        crossing = Crossing(slots, sources[fresh], targets[fresh])
-        crossed.update(zip(crossing.sources.tolist(), crossing.targets.tolist(), strict=True))
-        return crossing
+        np.add.at(target.reference_counts, arriving, ONE)
+        targets = crossed.target_of[fresh]
+        target.reference_counts[targets] -= 1
+        return Crossing(slots, fresh, targets)
+
+
+class _Crossed:
+    """Which block a block becomes on the other side, for those that cross with one plan."""
+
+    def __init__(self, block_count: int) -> None:
+        self.target_of: Int32Array = np.full(block_count, -1, np.int32)
+        self._sources: list[Int32Array] = []
+
+    def add(self, sources: Int32Array, targets: Int32Array) -> None:
+        self.target_of[sources] = targets
+        self._sources.append(sources)
+
+    def clear(self) -> None:
+        for sources in self._sources:
+            self.target_of[sources] = -1
+        self._sources = []
 
 
 @dataclass(slots=True)
@@ -121,12 +145,9 @@ class CostModel:
         elif forward_us:
             self.decode_us = _towards(self.decode_us, float(forward_us))
 
-    def swap_us(self, blocks: int) -> float:
-        """Out and back."""
-        return 2 * blocks * self.block_us
-
-    def recompute_us(self, tokens: int) -> float:
-        return tokens * self.token_us
+    def swaps(self, block_size: int) -> bool:
+        """Whether a block is out and back sooner than its tokens are computed again."""
+        return 2 * self.block_us <= block_size * self.token_us
 
 
 def _towards(average: float, sample: float) -> float:

@@ -97,8 +97,8 @@ class Engine:
         return encode_result(plan, batch, samples, prompt, (times[0], times[1], times[2], times[3]))
 
     def snapshot(self) -> list[engine_pb2.SnapshotPart]:
-        """Returns the resident state; decodes pause until the new leader lets them join again."""
-        self.state.decoding[:] = False
+        """Returns the resident state for a new leader; see `ResidentState.pause`."""
+        self.state.pause()
         return encode_snapshot(self.state)
 
     def release_all(self) -> int:

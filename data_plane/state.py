@@ -18,6 +18,9 @@ from data_plane.sampling_wire import assign_sampling
 
 Int64Array = npt.NDArray[np.int64]
 
+# Columns that a copy of a sequence has from its parent.
+_INHERITED = ("token_count", "prompt_count", "cached", "table_length", "faulted")
+
 
 @dataclass(frozen=True, slots=True)
 class Moves:
@@ -71,6 +74,7 @@ class ResidentState:
         computed: tokens whose keys and values are in blocks.
         cached: tokens that are never written again, because their blocks may be shared.
         decoding: the decode batch kept between steps.
+        faulted: a sample has faulted, so that the tokens from there on mean nothing.
         tokens: int32 [slots, length]; tables: int32 [slots, blocks].
         reference_counts: int32 [blocks]; hashed: bool [blocks]; hashes: uint8 [blocks, 16].
     """
@@ -95,6 +99,7 @@ class ResidentState:
         self.table_length = np.zeros(slot_count, np.int32)
         self.decoding = np.zeros(slot_count, np.bool_)
         self.swapped = np.zeros(slot_count, np.bool_)
+        self.faulted = np.zeros(slot_count, np.bool_)
         self.tokens = np.zeros((slot_count, max_length + 1), np.int32)
         self.table_width = -(-max_length // block_size) + 1
         self.tables = np.zeros((slot_count, self.table_width), np.int32)
@@ -129,7 +134,7 @@ class ResidentState:
             if not self.swapped[slot]:
                 np.subtract.at(self.reference_counts, self.table(slot), 1)
             self.token_count[slot] = self.table_length[slot] = 0
-            self.decoding[slot] = self.swapped[slot] = False
+            self.decoding[slot] = self.swapped[slot] = self.faulted[slot] = False
             self.requests[slot] = b""
         if len(slots):
             self.sampling.clear(slots)
@@ -191,7 +196,7 @@ class ResidentState:
         for slot in slots.tolist():
             np.subtract.at(self.reference_counts, self.table(slot), 1)
         self.tables[slots, :blocks], self.tokens[slots, :length] = tables, tokens
-        for name in ("token_count", "prompt_count", "computed", "cached", "table_length"):
+        for name in (*_INHERITED, "computed"):
             column = getattr(self, name)
             column[slots] = column[parents]
         self.tokens[slots, self.token_count[slots] - 1] = token_ids
@@ -269,7 +274,7 @@ class ResidentState:
             plan.fork_parents.tolist(), plan.fork_children.tolist(), strict=True
         ):
             count, blocks = self.token_count[parent], self.table_length[parent]
-            for name in ("token_count", "prompt_count", "cached", "table_length"):
+            for name in _INHERITED:
                 column = getattr(self, name)
                 column[child] = column[parent]
             # The parent's own count is only advanced once the step is done.
@@ -300,14 +305,32 @@ class ResidentState:
         return np.concatenate(extra), prompt_rows
 
     def commit(self, plan: PlanColumns, batch: StepBatch, token_ids: Int32Array) -> None:
-        """Takes what the step computed and sampled; -1 (a fault) counts as a token of id 0."""
+        """Takes what the step computed and sampled; -1 (a fault) counts as a token of id 0.
+
+        A slot may decode on before its leader hears of the fault, so it stays marked until it is
+        released: none of its tokens from there on was drawn from what the model really said.
+        """
         self.computed[batch.slots] += batch.counts
         sampled = batch.sampled_slots
         self.tokens[sampled, self.token_count[sampled]] = np.maximum(token_ids, 0)
         self.token_count[sampled] += 1
+        self.faulted[sampled] |= token_ids < 0
         if len(plan.hashed_blocks):
             self.hashes[plan.hashed_blocks] = plan.block_hashes
             self.hashed[plan.hashed_blocks] = plan.block_hashes.any(axis=1)
+
+    def pause(self) -> None:
+        """Readies what is resident for another leader, with no plan in flight.
+
+        Nothing decodes until that leader says so. What a leader does when it hears of a fault the
+        former one may have had no time for, and the next one cannot know of: faulted slots are
+        released, and their blocks lose their hashes, because nobody is to build on them.
+        """
+        self.decoding[:] = False
+        faulted = np.flatnonzero(self.faulted).astype(np.int32)
+        for slot in faulted[~self.swapped[faulted]].tolist():
+            self.hashed[self.table(slot)] = False
+        self.release(faulted)
 
     # Facts.
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import grpc_tools
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
+# Protobuf's own messages, such as Duration; they come with the compiler.
+WELL_KNOWN = Path(grpc_tools.__file__).parent / "_proto"
 
 
 def generate(out: Path) -> None:
@@ -25,6 +28,7 @@ def generate(out: Path) -> None:
         [
             "protoc",
             f"-I{ROOT}",
+            f"-I{WELL_KNOWN}",
             f"--python_out={out}",
             f"--pyi_out={out}",
             f"--grpc_python_out={out}",

@@ -31,6 +31,7 @@ MAX_TEMPERATURE = 100
 MAX_PENALTY = 10
 MAX_BIAS = 100
 DEFAULT_MAX_TOKENS = 4096
+MAX_WAITING_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ def check_request(request: pb.GenerateRequest, limits: ModelLimits) -> None:
     _check_output(request)
     if request.HasField("beam_search"):
         _check_beams(request)
+    if request.HasField("max_waiting_time"):
+        _check_waiting(request)
 
 
 def check_length(
@@ -195,6 +198,16 @@ def _check_beams(request: pb.GenerateRequest) -> None:
     ):
         if given:
             raise bad_field(field, "is not for a beam search")
+
+
+def _check_waiting(request: pb.GenerateRequest) -> None:
+    time = request.max_waiting_time
+    _number("max_waiting_time.nanos", time.nanos, 0, 999_999_999)
+    seconds = time.seconds + time.nanos / 1e9
+    if not 0 < seconds <= MAX_WAITING_SECONDS:
+        raise bad_field(
+            "max_waiting_time", f"is {seconds:g} s; it must be in (0, {MAX_WAITING_SECONDS}] s"
+        )
 
 
 def _number(field: str, value: float, low: float, high: float, what: str = "") -> None:

@@ -139,12 +139,14 @@ def failed(code: grpc.StatusCode, reason: str, sentence: str) -> RpcError:
     return RpcError(code, sentence, (detail,))
 
 
-def overloaded(sentence: str, retry_seconds: float) -> RpcError:
-    """RESOURCE_EXHAUSTED with a RetryInfo."""
+def overloaded(sentence: str, retry_seconds: float, reason: str = "") -> RpcError:
+    """RESOURCE_EXHAUSTED with a RetryInfo, after an ErrorInfo if there is a `reason`."""
     delay = duration_pb2.Duration()
     delay.FromNanoseconds(int(retry_seconds * 1e9))
-    detail = error_details_pb2.RetryInfo(retry_delay=delay)
-    return RpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, (detail,))
+    details: list[message.Message] = [error_details_pb2.RetryInfo(retry_delay=delay)]
+    if reason:
+        details.insert(0, error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))
+    return RpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, tuple(details))
 
 
 async def abort(context: Context, error: RpcError) -> NoReturn:

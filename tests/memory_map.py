@@ -44,7 +44,7 @@ def draw_map(scheduler: Scheduler, stub: StubEngine) -> str:
 
 def _states(pool: BlockPool) -> tuple[np.ndarray, np.ndarray]:
     cached = np.zeros(pool.block_count, np.bool_)
-    cached[list(pool._evictable)] = True
+    cached[list(pool._cached)] = True
     return pool.reference_counts, cached
 
 

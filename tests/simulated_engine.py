@@ -34,9 +34,6 @@ class Observer(Protocol):
     def idle(self) -> None:
         """The leader has nothing to plan and says that it is alive."""
 
-    def broke(self) -> None:
-        """A leadership ends; results that the leader has not taken yet are lost."""
-
     def failed(self, error: BaseException) -> None:
         """Something is wrong; the simulation ends."""
 
@@ -162,7 +159,6 @@ class SimulatedEngine:
         self._queue.clear()
         self._leader = None
         leadership.break_off()
-        self._observer.broke()
 
     def _begin(self) -> None:
         seconds = self._pace.step * (0.5 + self._rng.random())

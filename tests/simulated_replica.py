@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from control_plane import records
+from control_plane.beams import BeamSearch
 from control_plane.generation import Generation, Generations, Sample
 from control_plane.leader import EngineLeader
 from control_plane.prefix_index import EngineLife
 from control_plane.router import Router
-from control_plane.scheduler import QueueFull
 from control_plane.step_loop import LeaderSettings
+from control_plane.wait_queue import QueueFull
 from tests.simulated_engine import SimulatedEngine
 from tests.simulated_workload import Job, Scenario
 
@@ -65,15 +66,20 @@ class Replica:
 
 
 class Client:
-    """Whoever sent a job, and knows the right answer. It comes back wherever the job goes on."""
+    """Whoever sent a job, and knows the right answer. It comes back wherever the job goes on.
+
+    Attributes:
+        received: tokens so far, and steps of a search, which answers only at its end.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.generation: Generation | None = None
         self.done = False
         self.received = 0
-        self.excused = False
         self._answers = [job.answer(index) for index in range(job.sample_count)]
+        self._search: BeamSearch | None = None
+        self._steps = 0
         self._seen = [0] * job.sample_count
         self._event = asyncio.Event()
 
@@ -103,7 +109,7 @@ class Client:
         return generation
 
     def check(self, engine_deaths: int) -> int:
-        """Compares what is new with the right answer; returns how many tokens that was."""
+        """Compares what is new with the right answer; returns how much that was."""
         generation, fresh = self.generation, 0
         if generation is None or self.done:
             return 0
@@ -111,24 +117,39 @@ class Client:
             seen = self._seen[index]
             new = sample.token_ids[seen:]
             wanted = self._answers[index][0][seen : seen + len(new)]
-            if new != wanted and not self.excused:
+            if new != wanted:
                 raise AssertionError(
                     f"{self.job.name} sample {index} got {new} from token {seen} on, not {wanted}"
                 )
             self._seen[index] += len(new)
             fresh += len(new)
+        fresh += self._check_search(generation)
         self.received += fresh
         if generation.finished:
             self._check_endings(generation.samples, engine_deaths)
             self.done = True
         return fresh
 
+    def _check_search(self, generation: Generation) -> int:
+        """Checks what is told of a search; returns its steps since this was called last."""
+        answer, best = self.job.search, generation.best
+        told = [(each.score, each.tokens.tolist()) for each in answer.best] if answer else []
+        if best is not None and (best.score, best.tokens.tolist()) not in told:
+            raise AssertionError(f"{self.job.name}: {best} was never the best so far")
+        group = generation.group
+        if group is None or group.beams is None:
+            return 0
+        # A new leader begins a search anew.
+        former = self._steps if group.beams is self._search else 0
+        self._search, self._steps = group.beams, group.beams.length - group.beams.prompt_length
+        return max(self._steps - former, 0)
+
     def _check_endings(self, samples: list[Sample], engine_deaths: int) -> None:
         for index, (sample, answer) in enumerate(zip(samples, self._answers, strict=True)):
             ending = sample.ending
             assert ending is not None
             died = ending.message.startswith("its engine died twice") and engine_deaths > 1
-            if died or self.excused:
+            if died:
                 continue
             if (sample.token_ids, ending.reason) != answer:
                 raise AssertionError(
@@ -136,12 +157,10 @@ class Client:
                     f"after {len(sample.token_ids)} tokens, not by {answer[1]} "
                     f"after {len(answer[0])}"
                 )
-
-    def knows_fault(self) -> bool:
-        """Whether it has been told that the sample which faults has failed."""
-        if self.generation is None or self.job.fault is None:
-            return False
-        return self.generation.samples[self.job.fault.sample].ending is not None
+        found = self.job.search.found if self.job.search else []
+        scores = [sample.score for sample in samples if sample.score is not None]
+        if scores and scores != [each.score for each in found[: len(samples)]]:
+            raise AssertionError(f"{self.job.name}: hypotheses with scores {scores}")
 
     def cancel(self, replica: Replica) -> None:
         if self.generation is not None and not self.done:

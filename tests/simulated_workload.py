@@ -9,15 +9,26 @@ from typing import Any
 
 import numpy as np
 
+from control_plane.beams import BeamFields
 from control_plane.request import FinishReason, pool_room
 from control_plane.scheduler import SchedulerLimits
 from protos.inference.v1 import inference_pb2 as pb
+from tests.simulated_search import Searched, searched
 from tests.stub_engine import VOCABULARY
+
+# Seeds that this divides have beam searches beside their other requests. Those are drawn apart, so
+# that every other seed stands for what it stood for before there were any.
+SEARCHING = 4
+_EARLY_STOPPING = {
+    "heuristic": pb.EARLY_STOPPING_HEURISTIC,
+    "first": pb.EARLY_STOPPING_FIRST,
+    "never": pb.EARLY_STOPPING_NEVER,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The engine cannot draw token `count` (from 0) of one sample, however often it tries."""
+    """The engine cannot draw token `count` (from 0) of a sample or beam, however often it tries."""
 
     sample: int
     count: int
@@ -30,8 +41,10 @@ class Job:
     Attributes:
         at: seconds, when it comes.
         stop_ids: those that end a sample by id; `stop_texts`: by their text.
-        cancel_after: tokens of any sample after which the client hangs up; None: it stays.
+        cancel_after: tokens of any sample, or steps of its search, after which the client hangs up;
+            None: it stays.
         scored: it asks for the prompt's log-probabilities, which are then computed each time.
+        beams: it is a beam search; `sample_count` is then of the hypotheses that it wants.
     """
 
     name: str
@@ -46,6 +59,7 @@ class Job:
     cancel_after: int | None = None
     fault: Fault | None = None
     scored: bool = False
+    beams: BeamFields | None = None
 
     def message(self) -> pb.GenerateRequest:
         message = pb.GenerateRequest(request_id=self.name, priority=self.priority)
@@ -55,10 +69,32 @@ class Job:
         message.output.sample_count = self.sample_count
         if self.scored:
             message.output.prompt_logprob_count = 0
+        if self.beams is not None:
+            message.beam_search.width = self.beams.width
+            message.beam_search.length_penalty = self.beams.length_penalty
+            message.beam_search.early_stopping = _EARLY_STOPPING[self.beams.early_stopping]
+            message.beam_search.stream_best = self.beams.stream_best
         return message
 
+    @property
+    def search(self) -> Searched | None:
+        """What its beam search comes to, if it is one."""
+        if self.beams is None:
+            return None
+        fault = (self.fault.sample, self.fault.count) if self.fault else None
+        return searched(tuple(self.prompt), self.max_tokens, self.beams, self.stop_ids, fault)
+
+    def rows(self) -> list[list[int]]:
+        """All that its sequences may ever hold: each prompt and output, as far as it can get."""
+        if self.search is not None:
+            return self.search.rows
+        outputs = [drawn(self.prompt, self.max_tokens, i) for i in range(self.sample_count)]
+        return [self.prompt + output for output in outputs]
+
     def answer(self, sample: int) -> tuple[list[int], FinishReason]:
-        """What one sample must come to, and why it ends."""
+        """What one sample or hypothesis must come to, and why it ends."""
+        if self.search is not None:
+            return self._hypothesis(self.search, sample)
         tokens = drawn(self.prompt, self.max_tokens, sample)
         fault = self.fault
         faulty = fault is not None and fault.sample == sample
@@ -68,6 +104,13 @@ class Job:
             if token in self.stop_ids or token in self.stop_texts:
                 return tokens[: count + 1], FinishReason.STOP
         return tokens, FinishReason.LENGTH
+
+    @staticmethod
+    def _hypothesis(search: Searched, index: int) -> tuple[list[int], FinishReason]:
+        if not search.found:
+            return [], FinishReason.ERROR
+        found = search.found[index]
+        return found.tokens.tolist(), FinishReason.STOP if found.stopped else FinishReason.LENGTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +181,8 @@ def scenario_of(seed: int) -> Scenario:
         weights={kind: 0.1 + rng.random() for kind in kinds},
     )
     jobs = _jobs(rng, limits)
+    if seed % SEARCHING == 0:
+        jobs += _searches(random.Random(f"searches {seed}"), limits, jobs)
     return Scenario(seed, limits, rng.choice([1, 2, 2, 3, 4]), jobs, pace, trouble)
 
 
@@ -222,3 +267,69 @@ def _endings(rng: random.Random, troubled: bool, sample_count: int) -> dict[str,
     if troubled and rng.random() < 0.15:
         fields["fault"] = Fault(rng.randrange(sample_count), rng.randrange(12))
     return fields
+
+
+def _searches(rng: random.Random, limits: SchedulerLimits, others: list[Job]) -> list[Job]:
+    """Beam searches that come among the other requests, and what goes on from their answers."""
+    longest_answer = rng.choice([4, 12, 24])
+    widest = min(4, limits.slot_count)
+    troubled = rng.random() < 0.5
+    jobs: list[Job] = []
+    for number in range(rng.randrange(1, 6)):
+        width = rng.randrange(1, widest + 1)
+        prompt = _search_prompt(rng, limits, others)
+        room = pool_room(len(prompt), width, limits.block_size, limits.block_count)
+        if room < 1:
+            width, room = 1, pool_room(len(prompt), 1, limits.block_size, limits.block_count)
+        most = min(longest_answer, limits.max_length - len(prompt), room)
+        fault = cancel_after = None
+        if troubled and rng.random() < 0.15:
+            fault = Fault(rng.randrange(width), rng.randrange(most))
+        elif troubled and rng.random() < 0.15:
+            cancel_after = rng.randrange(8)
+        search = Job(
+            name=f"<search {number}>",
+            at=rng.choice(others).at + rng.choice([0.0, 0.0, 0.005, 0.02]),
+            prompt=prompt,
+            max_tokens=rng.randrange(most) + 1,
+            sample_count=rng.randrange(width) + 1,
+            priority=rng.choice([0, 0, 0, 0, 1, -1]),
+            stop_ids=tuple(rng.sample(range(VOCABULARY), rng.choice([0, 1, 40, 150]))),
+            tenant=rng.choice(["", "", "", "other"]),
+            cancel_after=cancel_after,
+            fault=fault,
+            beams=BeamFields(
+                width,
+                length_penalty=rng.choice([0.0, 0.5, 1.0, 1.5, -1.0]),
+                early_stopping=rng.choice(["heuristic", "first", "never"]),
+                stream_best=rng.random() < 0.3,
+            ),
+        )
+        jobs.append(search)
+        if rng.random() < 0.4:
+            jobs.append(_turn_after(rng, limits, search))
+    return jobs
+
+
+def _search_prompt(rng: random.Random, limits: SchedulerLimits, others: list[Job]) -> list[int]:
+    """That of another request, or one that begins like it."""
+    prompt = rng.choice(others).prompt
+    if rng.random() < 0.3:
+        return prompt
+    head = prompt[: rng.randrange(len(prompt) + 1)]
+    tail = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 6))]
+    return (head + tail)[: max(2, limits.block_count * limits.block_size // 2)]
+
+
+def _turn_after(rng: random.Random, limits: SchedulerLimits, search: Job) -> Job:
+    """A request that goes on from a hypothesis, whose blocks may still be cached."""
+    turn = search.prompt + search.answer(0)[0]
+    longest = min(48, limits.block_count * limits.block_size // 2)
+    prompt = [*turn[: longest - 1], rng.randrange(VOCABULARY)]
+    return Job(
+        name=f"<turn after {search.name.strip('<>')}>",
+        at=search.at + rng.choice([0.01, 0.05]),
+        prompt=prompt,
+        max_tokens=rng.randrange(1, 9),
+        tenant=search.tenant,
+    )

@@ -70,6 +70,7 @@ class World:
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.rng = random.Random(f"trouble {scenario.seed}")
+        self._lost_faults = random.Random(f"lost faults {scenario.seed}")
         self.digest = hashlib.blake2b(digest_size=16)
         self.clients: list[Client] = []
         self.last_plans: deque[engine_pb2.StepPlan] = deque(maxlen=8)
@@ -80,7 +81,6 @@ class World:
         self._ended = asyncio.Event()
         self._waiting = WaitingCheck()
         self._checked: Scheduler | None = None
-        self._faulted: set[str] = set()
         self._contents = Contents(scenario.jobs, scenario.limits.block_size)
         self.engine = SimulatedEngine(scenario.limits, scenario.pace, self.rng, self)
         self.replica = Replica(scenario, self.engine)
@@ -192,13 +192,6 @@ class World:
             self.failed(AssertionError(f"deadlock: nothing is planned for {names}"))
         self._watch()
 
-    def broke(self) -> None:
-        if LOST_FAULTS_ARE_EXCUSED and self._faulted:
-            self._contents.excused = True
-            for client in self.clients:
-                if client.job.name in self._faulted and not client.knows_fault():
-                    client.excused = True
-
     def failed(self, error: BaseException) -> None:
         if self.error is None:
             self.error = error
@@ -217,10 +210,10 @@ class World:
                     index = int(stub.state.sampling.sample_index[slot])
                     at = len(job.prompt) + job.fault.count
                     if index == job.fault.sample and len(tokens) == at:
-                        self._faulted.add(job.name)
                         # Whether the leader hears of it is another matter.
                         if self.rng.random() < LOST_FAULT_CHANCE:
-                            self._later(self._do_break)
+                            loss = self._lost_faults.choice([self._do_break, self._do_replica])
+                            self._later(loss)
                         return True
             return False
 
@@ -241,7 +234,8 @@ class World:
 
     def _trouble(self, plan: Plan) -> None:
         trouble = self.scenario.trouble
-        moves = plan.swapped_out or plan.swapped_in or plan.fork_parents or len(plan.copied_slots)
+        swaps = plan.swapped_out or plan.swapped_in
+        moves = swaps or plan.fork_parents or plan.beam_slots or len(plan.copied_slots)
         chance = trouble.rate * (5 if moves else 1)
         if self.troubles < trouble.most and self.rng.random() < chance:
             self.troubles += 1
@@ -274,11 +268,6 @@ class World:
         running = [client for client in self.clients if not client.done]
         if running:
             self.rng.choice(running).cancel(self.replica)
-
-
-# Where the link breaks between a slot's fault and its release, the next leader reads token 0 in the
-# snapshot, where none was drawn, and goes on with it. See failing_seeds.txt.
-LOST_FAULTS_ARE_EXCUSED = True
 
 
 def _is_gone(generation: Generation | None) -> bool:

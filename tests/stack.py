@@ -38,6 +38,7 @@ class Answer:
     logprobs: dict[int, list[pb.TokenLogprob]] = field(default_factory=dict)
     prompt_logprobs: list[pb.TokenLogprob] = field(default_factory=list)
     finished: dict[int, pb.Finished] = field(default_factory=dict)
+    bests: list[pb.BestSoFar] = field(default_factory=list)
     usage: pb.Usage | None = None
 
     def add(self, response: pb.GenerateResponse) -> None:
@@ -53,6 +54,9 @@ class Answer:
         elif kind == "finished":
             assert response.finished.sample not in self.finished
             self.finished[response.finished.sample] = response.finished
+        elif kind == "best_so_far":
+            assert self.accepted.request_id and not self.tokens and not self.finished
+            self.bests.append(response.best_so_far)
         else:
             self.usage = response.usage
 

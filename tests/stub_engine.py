@@ -103,11 +103,11 @@ class StubEngine:
                 faults.append((row, "planted"))
             else:
                 ids[row] = draw(tokens, int(self.state.sampling.sample_index[slot]))
-        return Samples(ids, self._logprobs(batch), faults)
+        return Samples(ids, self._logprobs(batch.sampled_slots[ids >= 0]), faults)
 
-    def _logprobs(self, batch: StepBatch) -> Logprobs | None:
+    def _logprobs(self, sampled: np.ndarray) -> Logprobs | None:
         wanted = self.state.sampling.logprob_count
-        rows = [slot for slot in batch.sampled_slots.tolist() if wanted[slot] >= 0]
+        rows = [slot for slot in sampled.tolist() if wanted[slot] >= 0]
         if not rows:
             return None
         tops = [
@@ -136,7 +136,7 @@ class StubEngine:
             raise AssertionError(f"slot {slot} reads another's key at position {wrong}")
 
     def snapshot(self) -> Snapshot:
-        self.state.decoding[:] = False
+        self.state.pause()
         parts = encode_snapshot(self.state)
         return decode_snapshot(
             [engine_pb2.SnapshotPart.FromString(part.SerializeToString()) for part in parts]

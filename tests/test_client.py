@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import grpc
@@ -272,6 +273,18 @@ def test_a_full_queue_is_retried_when_the_service_says() -> None:
     assert error.value.retry_seconds == 60.0
 
 
+def test_who_says_how_long_to_wait_waits_once() -> None:
+    late = wire.overloaded("waited", 0.1, "WAITED_TOO_LONG")
+    own = Scripted([wire.overloaded("full", 0.1)], [late])
+    with pytest.raises(CallError, match="RESOURCE_EXHAUSTED: waited") as error:
+        against(own, lambda client: client.text("x", max_waiting_time=timedelta(seconds=2)))
+    assert error.value.reason == "WAITED_TOO_LONG" and error.value.retry_seconds == 0.1
+    assert {request.max_waiting_time.seconds for request in own.requests} == {2}
+    # A limit of the service's is its way to say that it is full.
+    services = Scripted([late], [ACCEPTED, delta(0, 65), USAGE])
+    assert against(services, lambda client: client.text("x")) == "A"
+
+
 def test_gives_up_after_some_time_without_progress() -> None:
     service = Scripted(*[[GONE] for _ in range(100)])
     with pytest.raises(CallError, match="UNAVAILABLE"):
@@ -281,6 +294,19 @@ def test_gives_up_after_some_time_without_progress() -> None:
     once = Scripted([GONE])
     with pytest.raises(CallError, match="UNAVAILABLE"):
         against(once, lambda client: client.text("x"), retry_seconds=0)
+
+
+def test_the_best_of_a_search_is_shown_and_is_no_progress() -> None:
+    best = pb.GenerateResponse(best_so_far=pb.BestSoFar(text="AB", token_ids=[65, 66], score=-1.0))
+    service = Scripted([ACCEPTED, best, GONE], [ACCEPTED, best, delta(0, 65), finished(0), USAGE])
+    collected = against(service, lambda client: collect(client.generate("x")))
+    assert collected.token_ids == {0: [65]} and collected.texts == {0: "A"}
+    assert collected.others == ["accepted", "best_so_far", "best_so_far", "finished", "usage"]
+    assert [list(each.received_token_counts) for each in service.requests] == [[], []]
+    stuck = Scripted(*[[ACCEPTED, best, GONE] for _ in range(100)])
+    with pytest.raises(CallError, match="UNAVAILABLE"):
+        against(stuck, lambda client: client.text("x"), retry_seconds=0.5)
+    assert len(stuck.requests) <= 9
 
 
 def test_the_timeout_bounds_all_attempts() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
 import pytest
 import torch
+from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 
 from data_plane.model import Model
@@ -329,6 +331,10 @@ BAD: list[tuple[str, dict[str, object], str, str]] = [
     ("min tokens", {"stopping": pb.Stopping(min_tokens=17)}, "stopping.min_tokens", "16"),
     ("received", {"received_token_counts": [1, 2]}, "received_token_counts", "1"),
     ("priority", {"priority": 101}, "priority", "100"),
+    ("no waiting", {"max_waiting_time": timedelta()}, "max_waiting_time", "(0, 86400] s"),
+    ("long", {"max_waiting_time": timedelta(days=1, seconds=1)}, "max_waiting_time", "86401 s"),
+    ("past", {"max_waiting_time": Duration(seconds=-2)}, "max_waiting_time", "-2 s"),
+    ("nanos", {"max_waiting_time": Duration(seconds=2, nanos=-1)}, "max_waiting_time.nanos", "-1"),
     ("request id", {"request_id": "x" * 129}, "request_id", "128"),
     ("request id chars", {"request_id": "a b"}, "request_id", "ASCII"),
     ("chat", {"chat": pb.Chat()}, "chat.messages", "1"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 
 import grpc
 import numpy as np
 import pytest
+import torch
 from google.rpc import error_details_pb2
 
 from data_plane.engine import Engine, EngineSizes
@@ -20,6 +22,7 @@ from tests.stack import running_engine
 SIZES = EngineSizes(
     block_size=16, block_count=32, host_block_count=8, slot_count=4, step_tokens=64, max_length=256
 )
+FIRST = torch.tensor([0])
 
 
 def ints(*values: int) -> bytes:
@@ -155,6 +158,40 @@ def test_snapshot_hands_over_everything(llama: Model) -> None:
         assert rows.computed_token_counts == ints(20)
         assert rows.token_ids == ints(*range(30, 50), *token)
         assert (hashes.hashed_blocks, hashes.block_hashes) == (ints(3), bytes(range(16)))
+
+    run(llama, body)
+
+
+def test_a_slot_that_faulted_is_not_handed_over(
+    llama: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It decodes on while results are under way, and what it holds by then means nothing."""
+
+    async def body(engine: Engine, stub: engine_pb2_grpc.EngineServiceStub) -> None:
+        lead = Lead(stub)
+        await lead.snapshot(await lead.claim())
+        await lead.step(first_plan(epoch=1))
+        beside = admission(1, 20, (6, 7))
+        await lead.step(
+            _changed(admissions=beside, chunk_slots=ints(1), chunk_token_counts=ints(20))
+        )
+        forward = engine._forward
+        with monkeypatch.context() as faulty:
+            # Of the decode batch, slot 0 is the first row.
+            faulty.setattr(
+                engine, "_forward", lambda batch: forward(batch).index_fill(0, FIRST, math.nan)
+            )
+            result = await lead.step(pb.StepPlan(epoch=1, step=3, decode_joins=ints(0, 1)))
+        assert [fault.slot for fault in result.faults] == [0]
+        assert not (await lead.step(pb.StepPlan(epoch=1, step=4))).faults
+        lead.call.cancel()
+        heir, granted = await heir_of(stub)
+        parts = await heir.snapshot(granted)
+        assert [(part.slots, part.hashed_blocks) for part in parts] == [(ints(1), b"")]
+        # Its slot and its blocks are another's, which begins without the mark.
+        anew = first_plan(granted.granted.epoch)
+        assert not (await heir.step(anew)).faults
+        assert not engine.state.faulted.any()
 
     run(llama, body)
 

@@ -20,7 +20,8 @@ from control_plane.request import (
     SequenceGroup,
     ended_at,
 )
-from control_plane.scheduler import NeverFits, QueueFull, Scheduler, SchedulerLimits
+from control_plane.scheduler import NeverFits, Scheduler, SchedulerLimits
+from control_plane.wait_queue import QueueFull
 from protos.control.v1 import record_pb2
 from tests.stub_engine import StubEngine, draw, expected
 
@@ -502,8 +503,8 @@ def test_beams_find_the_same_under_pressure(seed: int) -> None:
             others.append(driver.submit(prompt, f"r{i}", max_tokens=20, sample_count=1 + i % 3))
         for _ in range(rng.randrange(6)):
             driver.step()
-        if driver.scheduler._resident and rng.random() < 0.4:
-            driver.scheduler.preempt(rng.choice(list(driver.scheduler._resident)))
+        if driver.scheduler.resident_groups and rng.random() < 0.4:
+            driver.scheduler.preempt(rng.choice(driver.scheduler.resident_groups))
     driver.scheduler.cancel(others[-1])
     driver.run()
     for group in searches:
@@ -568,8 +569,8 @@ def test_random_histories(seed: int) -> None:
             driver.step()
         if rng.random() < 0.1:
             driver.scheduler.cancel(rng.choice(groups))
-        if driver.scheduler._resident and rng.random() < 0.1:
-            driver.scheduler.preempt(rng.choice(list(driver.scheduler._resident)))
+        if driver.scheduler.resident_groups and rng.random() < 0.1:
+            driver.scheduler.preempt(rng.choice(driver.scheduler.resident_groups))
     driver.run()
     for group in groups:
         prompt = group.request.prompt.tolist()

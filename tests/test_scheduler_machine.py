@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from control_plane.hashing import PrefixHasher
 from control_plane.plan import ResidentRow, StepResult
 from control_plane.request import FinishReason, Request, Sequence, SequenceGroup, ended_at
-from control_plane.scheduler import NeverFits, QueueFull, Scheduler, SchedulerLimits
+from control_plane.scheduler import NeverFits, Scheduler, SchedulerLimits
+from control_plane.wait_queue import QueueFull
 from protos.control.v1 import record_pb2
 from tests.simulated_checks import PlanesNote, WaitingCheck
 from tests.simulated_workload import drawn

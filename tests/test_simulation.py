@@ -13,6 +13,7 @@ from control_plane.request import Sequence, SequenceGroup
 from control_plane.scheduler import Scheduler
 from control_plane.slots import SlotTable
 from control_plane.swapping import SwapSpace
+from control_plane.wait_queue import WaitQueue
 from tests import simulator
 from tests.simulated_workload import drawn
 from tests.simulator import SimulationFailed, kept_seeds, simulate
@@ -82,20 +83,19 @@ def _no_copy_of_a_shared_tail(monkeypatch: Monkey) -> None:
 def _one_copy_too_few(monkeypatch: Monkey) -> None:
     original = Scheduler._shared_tails
     # Two samples come out right; of three, two go on in one block.
-    monkeypatch.setattr(
-        Scheduler, "_shared_tails", lambda self: original(self)[: 1 if self._forked else 0]
-    )
+    monkeypatch.setattr(Scheduler, "_shared_tails", lambda self: original(self)[:1])
 
 
 def _no_copy_after_a_swap(monkeypatch: Monkey) -> None:
     """Samples that share a tail come back from the host without the memory that they do."""
 
-    def rejoin(self: Scheduler, group: SequenceGroup) -> None:
-        for sequence in group.resident():
-            if self.slots.length[sequence.slot] < self.slots.limit[sequence.slot]:
-                self._joining.append(sequence)
+    original = Scheduler._bring_back
 
-    monkeypatch.setattr(Scheduler, "_rejoin", rejoin)
+    def bring_back(self: Scheduler, plan: Plan, slots: Int32Array) -> None:
+        original(self, plan, slots)
+        self.slots.forked[slots] = False
+
+    monkeypatch.setattr(Scheduler, "_bring_back", bring_back)
 
 
 def _swap_in_beside_swap_out(monkeypatch: Monkey) -> None:
@@ -110,15 +110,8 @@ def _swap_in_beside_swap_out(monkeypatch: Monkey) -> None:
 
 
 def _first_swapped_out_comes_back_first(monkeypatch: Monkey) -> None:
-    original = SwapSpace.swap_out
-
-    def swap_out(self: SwapSpace, group: SequenceGroup, earlier: list[object]) -> object:
-        crossing = original(self, group, earlier)  # type: ignore[arg-type]
-        self.groups.remove(group)
-        self.groups.append(group)
-        return crossing
-
-    monkeypatch.setattr(SwapSpace, "swap_out", swap_out)
+    original = SlotTable.in_host_memory
+    monkeypatch.setattr(SlotTable, "in_host_memory", lambda self: original(self)[::-1])
 
 
 def _hash_before_the_last_token_is_known(monkeypatch: Monkey) -> None:
@@ -147,10 +140,14 @@ def _late_results_are_taken_for_the_next_occupant(monkeypatch: Monkey) -> None:
 
 
 def _last_come_first_served(monkeypatch: Monkey) -> None:
-    def enqueue(self: Scheduler, group: SequenceGroup) -> None:
-        self._waiting.insert(0, group)
+    original = WaitQueue.push
 
-    monkeypatch.setattr(Scheduler, "_enqueue", enqueue)
+    def push(self: WaitQueue, group: SequenceGroup) -> None:
+        original(self, group)
+        self._groups.remove(group)
+        self._groups.insert(0, group)
+
+    monkeypatch.setattr(WaitQueue, "push", push)
 
 
 def _takeover_forgets_the_host(monkeypatch: Monkey) -> None:
@@ -158,7 +155,13 @@ def _takeover_forgets_the_host(monkeypatch: Monkey) -> None:
 
 
 def _what_is_brought_back_never_runs(monkeypatch: Monkey) -> None:
-    monkeypatch.setattr(Scheduler, "_rejoin", lambda self, group: None)
+    original = Scheduler._bring_back
+
+    def bring_back(self: Scheduler, plan: Plan, slots: Int32Array) -> None:
+        original(self, plan, slots)
+        self.slots.joining[slots] = False
+
+    monkeypatch.setattr(Scheduler, "_bring_back", bring_back)
 
 
 def _evicted_hashes_stay_announced(monkeypatch: Monkey) -> None:

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/inference/v1/inference.proto\x12\x12quire.inference.v1\"\x9d\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x31\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1c.quire.inference.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.quire.inference.v1.ChatH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.quire.inference.v1.Sampling\x12.\n\x08stopping\x18\x06 \x01(\x0b\x32\x1c.quire.inference.v1.Stopping\x12*\n\x06output\x18\x07 \x01(\x0b\x32\x1a.quire.inference.v1.Output\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x1d\n\x15received_token_counts\x18\n \x03(\x05\x12\x33\n\x0b\x62\x65\x61m_search\x18\x0b \x01(\x0b\x32\x1e.quire.inference.v1.BeamSearchB\x08\n\x06prompt\"\x86\x01\n\nBeamSearch\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x1b\n\x0elength_penalty\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x39\n\x0e\x65\x61rly_stopping\x18\x03 \x01(\x0e\x32!.quire.inference.v1.EarlyStoppingB\x11\n\x0f_length_penalty\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"9\n\x04\x43hat\x12\x31\n\x08messages\x18\x01 \x03(\x0b\x32\x1f.quire.inference.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xec\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12?\n\nlogit_bias\x18\x08 \x03(\x0b\x32+.quire.inference.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\x88\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cstop_strings\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x05\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"\x9e\x01\n\x06Output\x12\x19\n\x0csample_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rlogprob_count\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12!\n\x14prompt_logprob_count\x18\x03 \x01(\x05H\x02\x88\x01\x01\x42\x0f\n\r_sample_countB\x10\n\x0e_logprob_countB\x17\n\x15_prompt_logprob_count\"\xd7\x01\n\x10GenerateResponse\x12\x30\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1c.quire.inference.v1.AcceptedH\x00\x12*\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.quire.inference.v1.DeltaH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.quire.inference.v1.FinishedH\x00\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x19.quire.inference.v1.UsageH\x00\x42\x07\n\x05\x65vent\"i\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x03 \x01(\x05\x12\x11\n\tengine_id\x18\x04 \x01(\t\"\xa7\x01\n\x05\x44\x65lta\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x32\n\x08logprobs\x18\x04 \x03(\x0b\x32 .quire.inference.v1.TokenLogprob\x12\x39\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32 .quire.inference.v1.TokenLogprob\"l\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x15\n\rtop_token_ids\x18\x04 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"\xd3\x01\n\x08\x46inished\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .quire.inference.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x03 \x01(\t\x12\x1a\n\rstop_token_id\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x13\n\x0btoken_count\x18\x06 \x01(\x05\x12\x12\n\x05score\x18\x07 \x01(\x02H\x01\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x08\n\x06_score\"[\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x02 \x01(\x05\x12\x1a\n\x12output_token_count\x18\x03 \x01(\x05\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse*\x81\x01\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45\x41RLY_STOPPING_HEURISTIC\x10\x01\x12\x18\n\x14\x45\x41RLY_STOPPING_FIRST\x10\x02\x12\x18\n\x14\x45\x41RLY_STOPPING_NEVER\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xbc\x01\n\x10InferenceService\x12W\n\x08Generate\x12#.quire.inference.v1.GenerateRequest\x1a$.quire.inference.v1.GenerateResponse0\x01\x12O\n\x06\x43\x61ncel\x12!.quire.inference.v1.CancelRequest\x1a\".quire.inference.v1.CancelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/inference/v1/inference.proto\x12\x12quire.inference.v1\x1a\x1egoogle/protobuf/duration.proto\"\xd2\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x31\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1c.quire.inference.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.quire.inference.v1.ChatH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.quire.inference.v1.Sampling\x12.\n\x08stopping\x18\x06 \x01(\x0b\x32\x1c.quire.inference.v1.Stopping\x12*\n\x06output\x18\x07 \x01(\x0b\x32\x1a.quire.inference.v1.Output\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x1d\n\x15received_token_counts\x18\n \x03(\x05\x12\x33\n\x0b\x62\x65\x61m_search\x18\x0b \x01(\x0b\x32\x1e.quire.inference.v1.BeamSearch\x12\x33\n\x10max_waiting_time\x18\x0c \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06prompt\"\x9b\x01\n\nBeamSearch\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x1b\n\x0elength_penalty\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x39\n\x0e\x65\x61rly_stopping\x18\x03 \x01(\x0e\x32!.quire.inference.v1.EarlyStopping\x12\x13\n\x0bstream_best\x18\x04 \x01(\x08\x42\x11\n\x0f_length_penalty\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"9\n\x04\x43hat\x12\x31\n\x08messages\x18\x01 \x03(\x0b\x32\x1f.quire.inference.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xec\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12?\n\nlogit_bias\x18\x08 \x03(\x0b\x32+.quire.inference.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\x88\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cstop_strings\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x05\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"\x9e\x01\n\x06Output\x12\x19\n\x0csample_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rlogprob_count\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12!\n\x14prompt_logprob_count\x18\x03 \x01(\x05H\x02\x88\x01\x01\x42\x0f\n\r_sample_countB\x10\n\x0e_logprob_countB\x17\n\x15_prompt_logprob_count\"\x8d\x02\n\x10GenerateResponse\x12\x30\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1c.quire.inference.v1.AcceptedH\x00\x12*\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.quire.inference.v1.DeltaH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.quire.inference.v1.FinishedH\x00\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x19.quire.inference.v1.UsageH\x00\x12\x34\n\x0b\x62\x65st_so_far\x18\x05 \x01(\x0b\x32\x1d.quire.inference.v1.BestSoFarH\x00\x42\x07\n\x05\x65vent\"i\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x03 \x01(\x05\x12\x11\n\tengine_id\x18\x04 \x01(\t\"\xa7\x01\n\x05\x44\x65lta\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x32\n\x08logprobs\x18\x04 \x03(\x0b\x32 .quire.inference.v1.TokenLogprob\x12\x39\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32 .quire.inference.v1.TokenLogprob\";\n\tBestSoFar\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\r\n\x05score\x18\x03 \x01(\x02\"l\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x15\n\rtop_token_ids\x18\x04 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"\xd3\x01\n\x08\x46inished\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .quire.inference.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x03 \x01(\t\x12\x1a\n\rstop_token_id\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x13\n\x0btoken_count\x18\x06 \x01(\x05\x12\x12\n\x05score\x18\x07 \x01(\x02H\x01\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x08\n\x06_score\"[\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x02 \x01(\x05\x12\x1a\n\x12output_token_count\x18\x03 \x01(\x05\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse*\x81\x01\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45\x41RLY_STOPPING_HEURISTIC\x10\x01\x12\x18\n\x14\x45\x41RLY_STOPPING_FIRST\x10\x02\x12\x18\n\x14\x45\x41RLY_STOPPING_NEVER\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xbc\x01\n\x10InferenceService\x12W\n\x08Generate\x12#.quire.inference.v1.GenerateRequest\x1a$.quire.inference.v1.GenerateResponse0\x01\x12O\n\x06\x43\x61ncel\x12!.quire.inference.v1.CancelRequest\x1a\".quire.inference.v1.CancelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,44 +34,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_EARLYSTOPPING']._serialized_start=2377
-  _globals['_EARLYSTOPPING']._serialized_end=2506
-  _globals['_FINISHREASON']._serialized_start=2509
-  _globals['_FINISHREASON']._serialized_end=2658
-  _globals['_GENERATEREQUEST']._serialized_start=60
-  _globals['_GENERATEREQUEST']._serialized_end=473
-  _globals['_BEAMSEARCH']._serialized_start=476
-  _globals['_BEAMSEARCH']._serialized_end=610
-  _globals['_TOKENIDS']._serialized_start=612
-  _globals['_TOKENIDS']._serialized_end=635
-  _globals['_CHAT']._serialized_start=637
-  _globals['_CHAT']._serialized_end=694
-  _globals['_CHATMESSAGE']._serialized_start=696
-  _globals['_CHATMESSAGE']._serialized_end=740
-  _globals['_SAMPLING']._serialized_start=743
-  _globals['_SAMPLING']._serialized_end=1107
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1001
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1049
-  _globals['_STOPPING']._serialized_start=1110
-  _globals['_STOPPING']._serialized_end=1246
-  _globals['_OUTPUT']._serialized_start=1249
-  _globals['_OUTPUT']._serialized_end=1407
-  _globals['_GENERATERESPONSE']._serialized_start=1410
-  _globals['_GENERATERESPONSE']._serialized_end=1625
-  _globals['_ACCEPTED']._serialized_start=1627
-  _globals['_ACCEPTED']._serialized_end=1732
-  _globals['_DELTA']._serialized_start=1735
-  _globals['_DELTA']._serialized_end=1902
-  _globals['_TOKENLOGPROB']._serialized_start=1904
-  _globals['_TOKENLOGPROB']._serialized_end=2012
-  _globals['_FINISHED']._serialized_start=2015
-  _globals['_FINISHED']._serialized_end=2226
-  _globals['_USAGE']._serialized_start=2228
-  _globals['_USAGE']._serialized_end=2319
-  _globals['_CANCELREQUEST']._serialized_start=2321
-  _globals['_CANCELREQUEST']._serialized_end=2356
-  _globals['_CANCELRESPONSE']._serialized_start=2358
-  _globals['_CANCELRESPONSE']._serialized_end=2374
-  _globals['_INFERENCESERVICE']._serialized_start=2661
-  _globals['_INFERENCESERVICE']._serialized_end=2849
+  _globals['_EARLYSTOPPING']._serialized_start=2598
+  _globals['_EARLYSTOPPING']._serialized_end=2727
+  _globals['_FINISHREASON']._serialized_start=2730
+  _globals['_FINISHREASON']._serialized_end=2879
+  _globals['_GENERATEREQUEST']._serialized_start=92
+  _globals['_GENERATEREQUEST']._serialized_end=558
+  _globals['_BEAMSEARCH']._serialized_start=561
+  _globals['_BEAMSEARCH']._serialized_end=716
+  _globals['_TOKENIDS']._serialized_start=718
+  _globals['_TOKENIDS']._serialized_end=741
+  _globals['_CHAT']._serialized_start=743
+  _globals['_CHAT']._serialized_end=800
+  _globals['_CHATMESSAGE']._serialized_start=802
+  _globals['_CHATMESSAGE']._serialized_end=846
+  _globals['_SAMPLING']._serialized_start=849
+  _globals['_SAMPLING']._serialized_end=1213
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1107
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1155
+  _globals['_STOPPING']._serialized_start=1216
+  _globals['_STOPPING']._serialized_end=1352
+  _globals['_OUTPUT']._serialized_start=1355
+  _globals['_OUTPUT']._serialized_end=1513
+  _globals['_GENERATERESPONSE']._serialized_start=1516
+  _globals['_GENERATERESPONSE']._serialized_end=1785
+  _globals['_ACCEPTED']._serialized_start=1787
+  _globals['_ACCEPTED']._serialized_end=1892
+  _globals['_DELTA']._serialized_start=1895
+  _globals['_DELTA']._serialized_end=2062
+  _globals['_BESTSOFAR']._serialized_start=2064
+  _globals['_BESTSOFAR']._serialized_end=2123
+  _globals['_TOKENLOGPROB']._serialized_start=2125
+  _globals['_TOKENLOGPROB']._serialized_end=2233
+  _globals['_FINISHED']._serialized_start=2236
+  _globals['_FINISHED']._serialized_end=2447
+  _globals['_USAGE']._serialized_start=2449
+  _globals['_USAGE']._serialized_end=2540
+  _globals['_CANCELREQUEST']._serialized_start=2542
+  _globals['_CANCELREQUEST']._serialized_end=2577
+  _globals['_CANCELRESPONSE']._serialized_start=2579
+  _globals['_CANCELRESPONSE']._serialized_end=2595
+  _globals['_INFERENCESERVICE']._serialized_start=2882
+  _globals['_INFERENCESERVICE']._serialized_end=3070
 # @@protoc_insertion_point(module_scope)

@@ -54,14 +54,16 @@ class InferenceServiceServicer:
 
         The stream is: one Accepted, then Delta messages in any interleaving of samples, one Finished
         per sample, and one Usage at the end. When a client falls behind, the deltas of a sample are
-        coalesced; no token is ever dropped. The deadline of the call bounds the generation.
+        coalesced; no token is ever dropped. A beam search may send BestSoFar messages between Accepted
+        and its first Delta. The deadline of the call bounds the generation.
 
         Errors:
         INVALID_ARGUMENT    a field is outside its limit (BadRequest names field and limit), or the
         prompt can never fit the engine's block pool
         NOT_FOUND           no engine serves `model`
         ALREADY_EXISTS      `request_id` is running with a different request
-        RESOURCE_EXHAUSTED  the wait queue is full (RetryInfo)
+        RESOURCE_EXHAUSTED  the wait queue is full (RetryInfo), or the request has waited in it for
+        longer than it may (ErrorInfo WAITED_TOO_LONG, RetryInfo)
         UNAVAILABLE         no engine is attached, or this replica is draining
         DEADLINE_EXCEEDED   the call's deadline passed; its blocks are freed
         """

@@ -1,0 +1,152 @@
+"""The wait queue of one engine: who may be admitted next, and who may pass whom. Pure.
+
+Groups are admitted by priority, then first come, first served. One that does not fit yet keeps its
+turn, but later ones that do fit may pass it: as long as these are no longer, all together, than it
+is itself. So a long prompt that waits for room neither stops the short ones behind it at once, nor
+is kept waiting by them for ever: its wait is bounded by what is before it, plus as much again as it
+brings. A group that was preempted, or of which a part runs, is not passed by anyone.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from control_plane.request import Request, Sequence, SequenceGroup
+
+# Groups that wait for room and are passed by in one plan, at most: each is looked up in the cache.
+MOST_PASSED = 8
+
+
+class QueueFull(Exception):
+    """The wait queue is at its limit; nothing was queued.
+
+    Attributes:
+        excess_tokens: prompt tokens that must leave the queue before the request fits.
+    """
+
+    def __init__(self, message: str, excess_tokens: int) -> None:
+        super().__init__(message)
+        self.excess_tokens = excess_tokens
+
+
+@dataclass(slots=True)
+class _Place:
+    """A group's place in the queue.
+
+    Attributes:
+        tokens: of its waiting sequences.
+        patience: tokens by which it may still be passed.
+        refused: the room there was when it last found too little.
+    """
+
+    tokens: int
+    patience: int
+    refused: tuple[int, ...] | None = None
+
+
+class WaitQueue:
+    """Groups with sequences that want a slot.
+
+    Attributes:
+        tokens: of all that wait.
+    """
+
+    def __init__(self, most_requests: int, most_tokens: int) -> None:
+        self.tokens = 0
+        self._most_requests, self._most_tokens = most_requests, most_tokens
+        self._groups: list[SequenceGroup] = []
+        self._places: dict[SequenceGroup, _Place] = {}
+        # Whom the next admission passes.
+        self._passed: list[_Place] = []
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __iter__(self) -> Iterator[SequenceGroup]:
+        return iter(self._groups)
+
+    def __contains__(self, group: SequenceGroup) -> bool:
+        return group in self._places
+
+    @property
+    def head(self) -> SequenceGroup | None:
+        return self._groups[0] if self._groups else None
+
+    def check(self, request: Request) -> None:
+        """Raises QueueFull if a new request has no place. An empty queue takes any prompt."""
+        waiting, tokens = len(self._groups), self.tokens
+        if waiting >= self._most_requests:
+            share = tokens // max(waiting, 1)
+            raise QueueFull(f"{waiting} requests wait already", share)
+        excess = tokens + len(request.prompt) - self._most_tokens
+        if waiting and excess > 0:
+            raise QueueFull(f"{tokens} prompt tokens wait already", excess)
+
+    def push(self, group: SequenceGroup) -> None:
+        """Queues a group, or queues it anew when other sequences of it wait than did."""
+        self.discard(group)
+        tokens = sum(len(sequence.tokens) for sequence in group.waiting)
+        patience = 0 if group.admitted else len(group.waiting[0].tokens)
+        self._places[group] = _Place(tokens, patience)
+        self.tokens += tokens
+        bisect.insort(self._groups, group, key=lambda waiting: waiting.order)
+
+    def discard(self, group: SequenceGroup) -> None:
+        """Takes a group out, if it is in."""
+        place = self._places.pop(group, None)
+        if place is not None:
+            self.tokens -= place.tokens
+            self._groups.remove(group)
+
+    def take(self, group: SequenceGroup, sequence: Sequence) -> None:
+        """Takes a sequence out, and its group if no other of its sequences waits."""
+        group.waiting.remove(sequence)
+        place = self._places[group]
+        place.tokens -= len(sequence.tokens)
+        place.patience, place.refused = 0, None
+        self.tokens -= len(sequence.tokens)
+        if not group.waiting:
+            self.discard(group)
+
+    def in_turn(self) -> Iterator[SequenceGroup]:
+        """Yields the groups that may be admitted, one after the other.
+
+        Whoever is still in the queue when the next one is asked for has been passed by it.
+        """
+        self._passed = []
+        for group in self._groups.copy():
+            place = self._places[group]
+            patience = min((other.patience for other in self._passed), default=place.tokens)
+            if not patience or len(self._passed) == MOST_PASSED:
+                return
+            if place.tokens <= patience:
+                yield group
+            if group in self._places:
+                self._passed.append(place)
+
+    def admit(self, group: SequenceGroup, sequence: Sequence) -> None:
+        """Takes a sequence out that gets a slot, before those that it passes."""
+        for place in self._passed:
+            place.patience -= len(sequence.tokens)
+        self.take(group, sequence)
+
+    def patience(self, group: SequenceGroup) -> int:
+        """Tokens by which a group may still be passed."""
+        return self._places[group].patience
+
+    # What refused a group lately, so that it is not asked again before that has got better.
+
+    def refuse(self, group: SequenceGroup, room: tuple[int, ...]) -> None:
+        self._places[group].refused = room
+
+    def is_hopeless(self, group: SequenceGroup, room: tuple[int, ...]) -> bool:
+        """Whether a group was refused before and nothing has got better for it since.
+
+        Spares long prompts that wait a lookup of all their hashes in every step.
+        """
+        refused = self._places[group].refused
+        return refused is not None and all(
+            now <= then for now, then in zip(room, refused, strict=True)
+        )
