@@ -121,6 +121,9 @@ def _engine(leader: EngineLeader) -> pb.Engine:
         engine.incarnation = leader.facts.incarnation
         engine.block_size_tokens = leader.facts.block_size
         engine.block_count = leader.facts.block_count
+    if (failure := leader.last_failure) is not None:
+        engine.last_failure = failure.sentence
+        engine.last_failure_age_seconds = time.monotonic() - failure.at
     if (scheduler := leader.scheduler) is not None:
         engine.free_block_count = scheduler.pool.free_count
         engine.cached_block_count = scheduler.pool.cached_count

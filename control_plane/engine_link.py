@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import grpc
+from google.rpc import error_details_pb2
 
 from control_plane.engine_wire import decode_result, decode_snapshot, encode_plan
 from control_plane.plan import Plan, Snapshot, StepResult
@@ -156,10 +158,11 @@ class Leadership:
     async def _write(self, message: engine_pb2.LeadRequest) -> None:
         try:
             await self._call.write(message)
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+        except asyncio.InvalidStateError as error:
+            # The stream has ended already: with its status, not with this call.
+            raise _lost(await _status(self._call)) from error
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
             raise _lost(error) from error
-        except grpc.aio.InternalError as error:
-            raise LinkLost(str(error)) from error
 
 
 async def _read(call: LeadCall) -> engine_pb2.LeadResponse:
@@ -170,7 +173,24 @@ async def _read(call: LeadCall) -> engine_pb2.LeadResponse:
     return answer
 
 
+async def _status(call: LeadCall) -> grpc.aio.AioRpcError:
+    """What a stream that has ended has ended with."""
+    return grpc.aio.AioRpcError(
+        await call.code(),
+        await call.initial_metadata(),
+        await call.trailing_metadata(),
+        details=await call.details(),
+    )
+
+
 def _lost(error: Exception) -> LinkLost:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return LinkLost(f"{error.code().name}: {error.details()}")
-    return LinkLost(str(error))
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return LinkLost(str(error))
+    reasons = [
+        detail.reason
+        for detail in wire.error_details(error)
+        if isinstance(detail, error_details_pb2.ErrorInfo)
+    ]
+    if "ENGINE_FAILED" in reasons:
+        return LinkLost(str(error.details()))  # The engine's own account of what it died of.
+    return LinkLost(f"{error.code().name}: {error.details()}")

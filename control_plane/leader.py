@@ -10,6 +10,7 @@ import asyncio
 import enum
 import logging
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 from control_plane.engine_link import EngineFacts, EngineLink, LinkLost, Refused
@@ -34,6 +35,14 @@ class LeaderState(enum.Enum):
     FOLLOWED = "followed"
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an engine was lost, and when by the monotonic clock."""
+
+    sentence: str
+    at: float
+
+
 class Engines(Protocol):
     """The other engines, from here: the router."""
 
@@ -50,6 +59,8 @@ class EngineLeader:
     Attributes:
         loop: the step loop of the present leadership.
         leader_address: of whoever leads the engine.
+        last_failure: how this replica last lost the engine while it led it. It stays when the
+            engine comes back, for whoever looks only then.
     """
 
     def __init__(
@@ -68,6 +79,7 @@ class EngineLeader:
         self.prefix_stats = PrefixStats()
         self.epoch = 0
         self.leader_address = ""
+        self.last_failure: Failure | None = None
         self._generations, self._index = generations, index
         self._settings, self._engines = settings, engines
         self._stranded: list[Generation] = []
@@ -96,6 +108,7 @@ class EngineLeader:
                 if self.state is LeaderState.LED:
                     log.warning("engine %s lost: %s", self.link.address, lost)
                     lost_at = time.monotonic()
+                    self.last_failure = Failure(str(lost), lost_at)
                 self.state = LeaderState.CONNECTING
             except Exception:
                 # A fault of our own. Requests that are there each time it happens are failed, as

@@ -191,6 +191,8 @@ class Scheduler:
         self._swap_in(plan)
         budget = self._chunks(plan, self.limits.step_tokens - len(run), sampled)
         self._admit(plan, budget, sampled)
+        if not (plan.token_count or plan.swapped_in or self._in_flight) and self._make_way(plan):
+            self._admit(plan, budget, sampled)
         plan.released, self._released = self._released, []
         plan.hashed = self.pool.take_announced()
         if plan.empty:
@@ -507,6 +509,18 @@ class Scheduler:
                 if budget <= 0 or carried >= ADMITTED_TOKENS:
                     return
 
+    def _make_way(self, plan: Plan) -> bool:
+        """Preempts who cannot go on, where nobody does, for who comes first; whether there was one.
+
+        Beams that are back wait for their siblings, and may hold the memory that these, or a group
+        before theirs, want.
+        """
+        head, last = self.queue.head, self.resident_groups[-1:]
+        if head is None or not last or last[0].order <= head.order:
+            return False
+        self._preempt(plan, last)
+        return True
+
     def _room(self) -> tuple[int, int, int]:
         """What admission depends on: available blocks, free slots, and who else runs."""
         return self.pool.available_count, self.slots.free_count, -self.running_count
@@ -522,16 +536,12 @@ class Scheduler:
         if self.queue.is_hopeless(group, self._room()):
             return False
         size, length = self.limits.block_size, len(sequence.tokens)
-        # The first sample's pass reports the prompt's log-probabilities, so it computes all of it.
-        reports = group.request.sampling.prompt_logprob_count >= 0
-        reuse = not reports or sequence is not group.sequences[0]
-        shared = self.pool.match(sequence.hashes if reuse else [])
+        shared = self._computed_prefix(plan, group, sequence)
+        if shared is None:
+            return False
         fresh = -(-length // size) - len(shared)
-        # A few blocks stay free for those that decode, or admission would only cause preemption.
-        reserve = min(self.running_count, -(-self.limits.block_count // 100))
-        while (
-            lacking := fresh + reserve + self.pool.revived_count(shared) - self.pool.available_count
-        ) > 0:
+        wanted = fresh + self._reserve(group)
+        while (lacking := wanted + self.pool.revived_count(shared) - self.pool.available_count) > 0:
             if not self._yield_pinned(group, lacking):
                 self.queue.refuse(group, self._room())
                 return False
@@ -551,6 +561,38 @@ class Scheduler:
         self._count_admission(group, length, cached)
         group.admitted = True
         return True
+
+    def _computed_prefix(
+        self, plan: Plan, group: SequenceGroup, sequence: Sequence
+    ) -> Int32Array | None:
+        """The blocks that a sequence need not compute: its siblings' prompt, and what is cached.
+
+        A group may fit only if it shares its prompt. So siblings share it even where the cache has
+        lost it, because blocks came back from the host or are distrusted, or has a copy of it; but
+        not in the plan that computes it, where only hashed blocks are shared: None, to wait for.
+        """
+        # The first sample's pass reports the prompt's log-probabilities, so it computes all of it.
+        reports = group.request.sampling.prompt_logprob_count >= 0
+        if reports and sequence is group.sequences[0]:
+            return self.pool.match([])
+        cached = self.pool.match(sequence.hashes)
+        prompt = len(group.request.prompt) // self.limits.block_size
+        for sibling in group.resident():
+            if self.slots.computed[sibling.slot] >= prompt * self.limits.block_size:
+                own = self.slots.table(sibling.slot)[:prompt]
+                if np.array_equal(own, cached[:prompt]):
+                    return cached
+                if any(admission.sequence is sibling for admission in plan.admissions):
+                    return None
+                return np.concatenate([own, cached[prompt:]])
+        return cached
+
+    def _reserve(self, group: SequenceGroup) -> int:
+        """Blocks left to others that decode, or admission would only cause preemption."""
+        running = self.running_count - int(np.count_nonzero(self.slots.swapped))
+        if running <= len(group.resident()):
+            return 0
+        return min(running, -(-self.limits.block_count // 100))
 
     def _count_admission(self, group: SequenceGroup, length: int, cached: int) -> None:
         if group.preemptions == 0:

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import warnings
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import uvloop
 from grpc_health.v1 import health_pb2
 from pydantic import ValidationError
 from pydantic_settings import CliApp
+from torch.distributed.distributed_c10d import Store
 
+from data_plane.calibrate import find_scales
+from data_plane.device import Device, device_of
 from data_plane.engine import Engine, EngineSizes
-from data_plane.load_progress import log_weight_loading
-from data_plane.model import Model, ModelError, load_model
+from data_plane.follower import follow
+from data_plane.kv_scales import KV_DTYPE, KVScales
+from data_plane.load_progress import log_weight_loading, shown
+from data_plane.memory import cache_bytes
+from data_plane.model import Model, ModelError, ModelFacts, load_model
+from data_plane.ranks import EXIT_BAD_MODEL, EXIT_WORKER_FAILED, Loss, Place, RankLost, Ranks
 from data_plane.service import EngineService, ServiceTimes, stable_engine_id
 from data_plane.settings import Settings
+from data_plane.step_runner import default_buckets
+from data_plane.tensor_parallel import ALONE, TensorGroup
 from data_plane.tokenizer_files import TokenizerFiles, read_tokenizer
 from data_plane.worker import Worker
 from protos import wire
@@ -27,11 +39,14 @@ from protos.engine.v1 import engine_pb2, engine_pb2_grpc
 
 log = logging.getLogger("data_plane")
 
-EXIT_BAD_MODEL = 2
+CPU_KV_MEMORY_MIB = 512
 # With a client's stop ids they must fit a row of the scheduler's slot table.
 MAX_EOS_TOKEN_IDS = 48
-# The device worker failed: its memory cannot be trusted, a fresh process can.
-EXIT_WORKER_FAILED = 70
+# For the last step to end, and for other ranks to do so, when the engine is told to.
+STOP_SECONDS = 5.0
+# For streams to be told why an engine ends that cannot go on.
+FAILURE_SECONDS = 0.5
+_WATCH_SECONDS = 0.1
 _SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
 
 
@@ -39,20 +54,42 @@ class SettingsError(Exception):
     """Settings that contradict each other or the model; one sentence."""
 
 
-def engine_sizes(settings: Settings, model: Model) -> EngineSizes:
-    """Turns memory settings into counts.
+# What building an engine raises for a model or settings that cannot be served.
+REFUSALS = (ModelError, SettingsError, ValueError)
+
+
+def engine_sizes(
+    settings: Settings, facts: ModelFacts, kv_bytes: int, group: TensorGroup
+) -> EngineSizes:
+    """Turns memory into counts, the same on all ranks.
 
     Raises:
-        SettingsError: they do not fit together.
+        SettingsError: there is too little.
     """
-    facts = model.facts
-    per_token = 2 * facts.layer_count * facts.kv_head_count * facts.head_size * facts.dtype.itemsize
+    dtype = KV_DTYPE if settings.kv_dtype == "fp8" else facts.dtype
+    per_head = 2 * facts.layer_count * facts.head_size * dtype.itemsize
+    per_token = per_head * facts.local_kv_head_count
     per_block = per_token * settings.block_size
-    count = settings.blocks or (settings.kv_memory_mib << 20) // per_block
+    count = group.minimum(settings.blocks or kv_bytes // per_block)
     if count < 1:
         raise SettingsError(
-            f"kv-memory-mib {settings.kv_memory_mib} holds no block of {per_block} bytes"
+            f"the {kv_bytes >> 20} MiB for the block pool hold no block of {per_block} bytes"
         )
+    length = settings.max_model_length or facts.max_model_length
+    return EngineSizes(
+        block_size=settings.block_size,
+        block_count=count,
+        host_block_count=group.minimum((settings.swap_memory_mib << 20) // per_block),
+        slot_count=settings.max_slots,
+        step_tokens=settings.max_step_tokens,
+        max_length=length,
+    )
+
+
+def check_settings(settings: Settings, facts: ModelFacts) -> None:
+    """Raises SettingsError where settings contradict each other or the model."""
+    if settings.kv_scales and settings.kv_dtype != "fp8":
+        raise SettingsError(f"kv-scales {settings.kv_scales} is for kv-dtype fp8")
     if settings.max_step_tokens < settings.max_slots:
         raise SettingsError(
             f"max-step-tokens {settings.max_step_tokens} is below max-slots {settings.max_slots}"
@@ -67,28 +104,48 @@ def engine_sizes(settings: Settings, model: Model) -> EngineSizes:
         raise SettingsError(
             f"max-model-length {length} exceeds the model's own {facts.max_model_length}"
         )
-    return EngineSizes(
+
+
+def kv_memory(
+    settings: Settings, model: Model, device: Device, scales: KVScales | None, graph_count: int
+) -> int:
+    """Returns the bytes of device memory for the block pool."""
+    if settings.kv_memory_mib or not device.asynchronous:
+        return (settings.kv_memory_mib or CPU_KV_MEMORY_MIB) << 20
+    return cache_bytes(
+        model,
+        device,
+        share=settings.memory_share,
         block_size=settings.block_size,
-        block_count=count,
-        host_block_count=(settings.swap_memory_mib << 20) // per_block,
-        slot_count=settings.max_slots,
         step_tokens=settings.max_step_tokens,
-        max_length=length,
+        slot_count=settings.max_slots,
+        graph_count=graph_count,
+        scales=scales,
     )
 
 
-def build_engine(settings: Settings) -> Engine:
+def build_engine(
+    settings: Settings, place: Place | None = None, store: Store | None = None
+) -> Engine:
     """Loads the model, warms it up, and allocates its KV cache; on the thread that will run it.
+
+    Args:
+        place, store: of one of several ranks, and where all of them meet.
 
     Raises:
         ModelError: the model cannot be served.
+        ScaleError: a file of scales does not fit the model.
         SettingsError: settings do not fit together.
+        ValueError: there is no such device.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = place or Place()
+    torch.set_num_threads(settings.threads or max(torch.get_num_threads() // place.local_size, 1))
+    device = place.device(settings.device)
+    group = ALONE
+    if store is not None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        group = TensorGroup.join(place.rank, place.size, store, device)
     log.info("loading %s on %s", settings.model, device)
     model = load_model(
         settings.model,
@@ -96,17 +153,37 @@ def build_engine(settings: Settings) -> Engine:
         load_format=settings.load_format,
         device=device,
         name=settings.served_model_name or None,
+        group=group,
     )
-    sizes = engine_sizes(settings, model)
+    check_settings(settings, model.facts)
+    scales = None
+    if settings.kv_dtype == "fp8":
+        gather = group.gather_columns if group.size > 1 else None
+        whole = find_scales(model, settings.model, settings.kv_scales, gather)
+        scales = whole.of_rank(group.rank, group.size)
+    model.warm_up(scales)
+    place_of_steps = device_of(device)
+    graphed = settings.graphs and place_of_steps.asynchronous
+    buckets = default_buckets(settings.max_slots) if graphed else []
+    kv_bytes = kv_memory(settings, model, place_of_steps, scales, len(buckets))
+    sizes = engine_sizes(settings, model.facts, kv_bytes, group)
     log.info("allocating %d blocks of %d tokens", sizes.block_count, sizes.block_size)
-    model.warm_up()
-    return Engine(model, sizes, check=settings.check_invariants)
+    engine = Engine(
+        model, sizes, kv_scales=scales, buckets=buckets, check=settings.check_invariants
+    )
+    engine.capture(partial(shown, what="capturing graphs"))
+    group.minimum(0)  # Waits for all: the engine is ready when every rank is.
+    return engine
 
 
 async def serve(
-    settings: Settings, worker: Worker, engine: Engine, tokenizer: TokenizerFiles | None
+    settings: Settings,
+    worker: Worker,
+    engine: Engine,
+    tokenizer: TokenizerFiles | None,
+    ranks: Ranks,
 ) -> int:
-    """Serves until SIGTERM or SIGINT, or until the worker fails; returns the exit status."""
+    """Serves until SIGTERM, SIGINT, or the failure of a worker or a rank; returns the status."""
     server = wire.server()
     service = EngineService(
         engine,
@@ -114,6 +191,7 @@ async def serve(
         tokenizer,
         engine_id=settings.engine_id or stable_engine_id(settings.listen),
         times=ServiceTimes(settings.leader_timeout_seconds, settings.resident_grace_seconds),
+        ranks=ranks,
     )
     engine_pb2_grpc.add_EngineServiceServicer_to_server(service, server)
     health = wire.add_health(server)
@@ -131,55 +209,122 @@ async def serve(
         "serving %s on port %d: %d blocks of %d tokens, %d slots",
         engine.model.facts.name, port, sizes.block_count, sizes.block_size, sizes.slot_count,
     )  # fmt: skip
-    failed = await _watch(worker, stopping, settings.hung_step_seconds)
+    loss = await _watch(worker, ranks, stopping, settings.hung_step_seconds)
     await health.enter_graceful_shutdown()
+    grace = settings.stop_grace_seconds
+    if loss is not None:
+        service.fail(loss.sentence)
+        grace = min(grace, FAILURE_SECONDS)
     await service.stop()
-    await server.stop(settings.stop_grace_seconds)
-    if failed:
-        log.critical("the engine's worker is gone: %s", failed)
-        return EXIT_WORKER_FAILED
-    worker.stop()
+    await server.stop(grace)
+    if loss is not None:
+        log.critical("the engine failed: %s", loss.sentence)
+        return loss.status
+    worker.submit(ranks.stop)
+    worker.stop(STOP_SECONDS)
     return 0
 
 
-async def _watch(worker: Worker, stopping: asyncio.Event, hung_seconds: float) -> str:
-    """Waits for the stop signal; returns a sentence if the worker failed or hangs before that."""
-    while not stopping.is_set():
+async def _watch(
+    worker: Worker, ranks: Ranks, stopping: asyncio.Event, hung_seconds: float
+) -> Loss | None:
+    """Waits for the stop signal; says why if the engine cannot go on before that comes.
+
+    It can go on as long as its worker ends one job after the other, or has none.
+    """
+    while not (stopping.is_set() or ranks.asked_to_stop.is_set()):
+        if ranks.lost.done():
+            return ranks.lost.result()
         if worker.failed is not None:
-            return repr(worker.failed)
+            own = Loss(f"its worker failed: {worker.failed!r}", EXIT_WORKER_FAILED)
+            return await asyncio.to_thread(ranks.cause) or own
         if worker.stuck_seconds > hung_seconds:
-            return f"one step takes more than {hung_seconds:g} s"
+            return Loss(f"one step takes more than {hung_seconds:g} s", EXIT_WORKER_FAILED)
         try:
-            async with asyncio.timeout(0.25):
+            async with asyncio.timeout(_WATCH_SECONDS):
                 await stopping.wait()
         except TimeoutError:
             continue
-    return ""
+    # What starts the ranks of several nodes also stops all of them when one has died.
+    return await asyncio.to_thread(ranks.cause) if ranks.in_trouble else None
+
+
+def _lead(settings: Settings, place: Place, ranks: Ranks) -> int:
+    """Serves an engine as rank 0; returns the exit status."""
+    try:
+        tokenizer = read_tokenizer(settings.model)
+        ranks.gather(place)
+        worker = Worker()
+        worker.start()
+        building = worker.submit(partial(build_engine, settings, place, ranks.store))
+        engine = _result(building, ranks)
+    except REFUSALS as error:
+        print(f"cannot serve: {error}", file=sys.stderr)
+        return EXIT_BAD_MODEL
+    except RankLost as error:
+        print(f"cannot serve: {error}", file=sys.stderr)
+        return error.loss.status
+    return uvloop.run(serve(settings, worker, engine, tokenizer, ranks))
+
+
+def _result(building: Future[Engine], ranks: Ranks) -> Engine:
+    """Waits for the engine.
+
+    Raises:
+        RankLost: another rank has gone meanwhile, without which it is never built.
+    """
+    either: tuple[Future[Any], ...] = (building, ranks.lost)
+    wait(either, return_when=FIRST_COMPLETED)
+    error = building.exception() if building.done() else None
+    if not building.done() or (error is not None and not isinstance(error, REFUSALS)):
+        cause = ranks.cause()
+        if cause is not None:
+            raise RankLost(cause) from error
+    return building.result()
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process at once: a thread may be in a collective or a kernel that never ends."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _refused(name: str, sentence: str) -> int:
+    print(f"setting {name}: {sentence}", file=sys.stderr)
+    return EXIT_BAD_MODEL
 
 
 def main() -> int:
     try:
         settings = CliApp.run(Settings)
+        wanted = "tensor_parallel" in settings.model_fields_set
+        place = Place.of(settings.tensor_parallel if wanted else None, os.environ)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "tls"
-        print(f"setting {name}: {first['msg']}", file=sys.stderr)
-        return EXIT_BAD_MODEL
+        return _refused(".".join(str(part) for part in first["loc"]) or "tls", first["msg"])
+    except ValueError as error:
+        return _refused("tensor_parallel", str(error))
+    mark = f"[{place.rank}]" if place.rank else ""
     logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=settings.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s %(name)s{mark}: %(message)s",
     )
     warnings.simplefilter("ignore")
+    if place.rank:
+        build = partial(build_engine, settings, place)
+        _leave(follow(place, build, REFUSALS, settings.hung_step_seconds, STOP_SECONDS))
     if not sys.stderr.isatty():
         log_weight_loading()
+    ranks, status = Ranks(), EXIT_WORKER_FAILED
     try:
-        tokenizer = read_tokenizer(settings.model)
-        worker = Worker()
-        worker.start()
-        engine = worker.submit(partial(build_engine, settings)).result()
-    except (ModelError, SettingsError, ValueError) as error:
-        print(f"cannot serve: {error}", file=sys.stderr)
-        return EXIT_BAD_MODEL
-    return uvloop.run(serve(settings, worker, engine, tokenizer))
+        status = _lead(settings, place, ranks)
+    finally:
+        ranks.end(0 if status else STOP_SECONDS)
+    if place.size > 1 or status == EXIT_WORKER_FAILED:
+        _leave(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -6,19 +6,26 @@ plan leaves no trace.
 
 from __future__ import annotations
 
-import time
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
+from data_plane.device import Fetch, device_of
+from data_plane.fingerprint import block_fingerprint
 from data_plane.kv_cache import KVCache
+from data_plane.kv_scales import KVScales, cache_dtype
 from data_plane.model import Model
 from data_plane.plan import PlanColumns
 from data_plane.plan_check import check_plan
 from data_plane.result import encode_result, encode_snapshot
-from data_plane.sampler import Logprobs, Samples, prompt_logprobs, sample
-from data_plane.state import Moves, ResidentState, StepBatch
-from kernels import AttentionBatch
+from data_plane.sampler import Draws, Rows, Scores, collect_scores, draw, score_prompt
+from data_plane.state import Awaited, Moves, ResidentState, StepBatch
+from data_plane.step_runner import StepRunner
+from data_plane.token_table import TokenTable
 from protos.engine.v1 import engine_pb2
 
 
@@ -46,21 +53,36 @@ class Engine:
     """One model with its KV cache and everything resident on it.
 
     Args:
+        kv_scales: make the KV cache one of fp8, in units of these; those of this rank's heads.
+        buckets: batch sizes that steps which only decode are padded to; see `StepRunner`.
         check: verify block conservation after every step, for tests.
+
+    Attributes:
+        fingerprint: names what decides the bytes of a block; see `block_fingerprint`.
     """
 
-    def __init__(self, model: Model, sizes: EngineSizes, *, check: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        sizes: EngineSizes,
+        *,
+        kv_scales: KVScales | None = None,
+        buckets: Iterable[int] = (),
+        check: bool = False,
+    ) -> None:
         facts = model.facts
         self.model, self.sizes = model, sizes
+        self.fingerprint = block_fingerprint(facts.fingerprint, kv_scales)
         self.cache = KVCache(
             facts.layer_count,
             sizes.block_count,
             sizes.host_block_count,
-            facts.kv_head_count,
+            facts.local_kv_head_count,
             sizes.block_size,
             facts.head_size,
-            facts.dtype,
+            cache_dtype(facts.dtype, kv_scales),
             model.device,
+            kv_scales,
         )
         self.state = ResidentState(
             sizes.slot_count,
@@ -70,98 +92,158 @@ class Engine:
             sizes.host_block_count,
             facts.vocabulary_size,
         )
+        self.device = device_of(model.device)
+        self.tokens = TokenTable(sizes.slot_count, self.state.tokens.shape[1], self.device)
+        self.runner = StepRunner(
+            model, self.cache, self.device, self.tokens.tokens, self.state.table_width, buckets
+        )
         self.counters = engine_pb2.Counters()
+        self._launched: deque[Launched] = deque()
         self._check = check
 
     def execute(self, plan: PlanColumns, queued_us: int = 0) -> engine_pb2.StepResult:
-        """Runs one step.
+        """Runs one step to its end; see `launch`."""
+        return self.launch(plan, queued_us).finish()
+
+    def launch(self, plan: PlanColumns, queued_us: int = 0) -> Launched:
+        """Puts one step on its way; the next one may be launched before this one is finished.
 
         Raises:
             PlanError: the plan does not fit the resident state; nothing has changed.
         """
-        started = time.perf_counter_ns()
         check_plan(plan, self.state, self.sizes.step_tokens)
-        self._move(self.state.apply_moves(plan))
+        marks = [self.device.mark()]
+        moves = self.state.apply_moves(plan)
+        self.tokens.apply(plan, self.state.token_count)
         batch = self.state.lay_out(plan)
-        moved = time.perf_counter_ns()
-        logits = self._forward(batch) if len(batch.token_ids) else None
-        computed = time.perf_counter_ns()
-        samples, prompt = self._sample(batch, logits)
-        self.state.commit(plan, batch, samples.token_ids)
+        self._move(moves, batch)
+        self.tokens.copy(plan.fork_parents, plan.fork_children)
+        marks.append(self.device.mark())
+        logits = self.runner.run(batch) if len(batch.positions) else None
+        marks.append(self.device.mark())
+        rows = Rows(
+            batch.sampled_logits,
+            batch.sampled_slots,
+            self.state.token_count[batch.sampled_slots],
+        )
+        draws, prompt = self._draw(batch, rows, logits), self._score_prompts(batch, logits)
+        awaited = self.state.advance(plan, batch)
+        self.tokens.put(awaited.slots, awaited.positions, draws.ids)
+        marks.append(self.device.mark())
+        values = [*draws.values, *(value for scores in prompt for value in scores.values)]
+        fetch = self.device.fetch(values)
+        launched = Launched(self, plan, batch, awaited, draws, prompt, fetch, marks, queued_us)
+        self._launched.append(launched)
         self._count(batch)
         if self._check:
             self.state.check()
-        times = [queued_us]
-        times += [(b - a) // 1000 for a, b in ((started, moved), (moved, computed))]
-        times.append((time.perf_counter_ns() - computed) // 1000)
-        return encode_result(plan, batch, samples, prompt, (times[0], times[1], times[2], times[3]))
+        return launched
+
+    def finish_all(self) -> None:
+        """Waits for every step that was launched."""
+        while self._launched:
+            self._launched[0].finish()
 
     def snapshot(self) -> list[engine_pb2.SnapshotPart]:
         """Returns the resident state for a new leader; see `ResidentState.pause`."""
+        self.finish_all()
         self.state.pause()
         return encode_snapshot(self.state)
 
     def release_all(self) -> int:
         """Drops every resident sequence; cached blocks stay. Returns how many there were."""
+        self.finish_all()
         slots = self.state.resident_slots()
         self.state.release(slots)
         return len(slots)
 
-    def _move(self, moves: Moves) -> None:
-        if len(moves.swap_out[0]):
-            self.cache.swap_out(*moves.swap_out)
+    def capture(self, progress: Callable[[list[int]], Iterable[int]] = iter) -> None:
+        """Readies the graphs of the buckets; called once, before the first step."""
+        self.runner.capture(progress)
+
+    def forget(self, launched: Launched) -> None:
+        """Takes a step off that was finished; they are finished in the order of their launch."""
+        while self._launched and self._launched[0] is not launched:
+            self._launched[0].finish()
+        if self._launched:
+            self._launched.popleft()
+
+    def _move(self, moves: Moves, batch: StepBatch) -> None:
+        """Copies blocks beside what is computed, which waits only for what it needs.
+
+        Blocks that come back from the host are read by a later step; those that went there may be
+        written by this one.
+        """
+        self.device.await_moves()
+        if len(moves.swap_out[0]) or len(moves.copies[0]):
+            with self.device.moving():
+                self.cache.swap_out(*moves.swap_out)
+                self.cache.copy_blocks(*moves.copies)
+            written = batch.slot_mapping // self.sizes.block_size
+            if len(moves.copies[0]) or np.isin(moves.swap_out[0], written).any():
+                self.device.await_moves()
         if len(moves.swap_in[0]):
-            self.cache.swap_in(*moves.swap_in)
-        if len(moves.copies[0]):
-            self.cache.copy_blocks(*moves.copies)
+            with self.device.moving():
+                self.cache.swap_in(*moves.swap_in)
 
-    def _forward(self, batch: StepBatch) -> torch.Tensor:
-        attention = AttentionBatch.build(
-            torch.from_numpy(batch.query_starts),
-            torch.from_numpy(batch.context_lengths),
-            torch.from_numpy(batch.block_tables),
-            torch.from_numpy(batch.slot_mapping),
-            batch.decode_count,
-            device=self.model.device,
-        )
-        return self.model.forward(
-            torch.from_numpy(batch.token_ids).to(self.model.device),
-            torch.from_numpy(batch.positions).to(self.model.device),
-            attention,
-            self.cache,
-            torch.from_numpy(batch.logit_rows).to(self.model.device),
-        )
-
-    def _sample(
-        self, batch: StepBatch, logits: torch.Tensor | None
-    ) -> tuple[Samples, Logprobs | None]:
-        state = self.state
+    def _draw(self, batch: StepBatch, rows: Rows, logits: torch.Tensor | None) -> Draws:
         if logits is None or not len(batch.sampled_slots):
-            return Samples(batch.sampled_slots[:0], None, []), self._prompt(batch, logits)
-        samples = sample(
-            logits,
-            batch.sampled_logits,
-            batch.sampled_slots,
-            state.token_count[batch.sampled_slots],
-            state.sampling,
-            state.tokens,
-            state.prompt_count,
-        )
-        return samples, self._prompt(batch, logits)
+            empty = torch.zeros(0, dtype=torch.int64, device=self.device.torch_device)
+            return Draws(empty, [])
+        state, send = self.state, self.device.send
+        tokens = self.tokens.tokens
+        return draw(logits, rows, state.sampling, tokens, state.prompt_count, send)
 
-    def _prompt(self, batch: StepBatch, logits: torch.Tensor | None) -> Logprobs | None:
+    def _score_prompts(self, batch: StepBatch, logits: torch.Tensor | None) -> list[Scores]:
         if logits is None or not batch.prompt_rows:
-            return None
+            return []
         parts, row = [], len(logits) - sum(count for _, _, count in batch.prompt_rows)
         for slot, first, count in batch.prompt_rows:
-            following = self.state.tokens[slot, first + 1 : first + 1 + count]
+            following = self.tokens.tokens[slot, first + 1 : first + 1 + count].long()
             wanted = int(self.state.sampling.prompt_logprob_count[slot])
             rows = logits[row : row + count]
-            parts.append(prompt_logprobs(rows, slot, first + 1, following, wanted))
+            parts += score_prompt(rows, slot, first + 1, following, wanted)
             row += count
-        return Logprobs.concatenate(parts)
+        return parts
 
     def _count(self, batch: StepBatch) -> None:
         self.counters.step_count += 1
         self.counters.decode_token_count += batch.decode_count
-        self.counters.prefill_token_count += len(batch.token_ids) - batch.decode_count
+        self.counters.prefill_token_count += len(batch.positions) - batch.decode_count
+
+
+@dataclass(eq=False, slots=True)
+class Launched:
+    """A step on its way, whose result is to be fetched."""
+
+    engine: Engine
+    plan: PlanColumns
+    batch: StepBatch
+    awaited: Awaited
+    draws: Draws
+    prompt: list[Scores]
+    fetch: Fetch
+    marks: list[Any]
+    queued_us: int
+    result: engine_pb2.StepResult | None = None
+
+    def wait(self) -> None:
+        """Returns when the device has done the step; may be called on any thread."""
+        self.fetch.wait()
+
+    def finish(self) -> engine_pb2.StepResult:
+        """Waits for the step and returns its result, also when it is asked again."""
+        if self.result is None:
+            self.engine.forget(self)
+            values = self.fetch.wait()
+            count = len(self.draws.values)
+            samples = self.draws.collect(values[:count])
+            nothing = np.zeros(0, np.int64)
+            prompt = collect_scores(self.prompt, values[count:], nothing)
+            self.engine.state.record(self.awaited, samples.token_ids)
+            times = [self.queued_us]
+            for first, second in zip(self.marks[:-1], self.marks[1:], strict=True):
+                times.append(self.engine.device.elapsed_us(first, second))
+            timings = (times[0], times[1], times[2], times[3])
+            self.result = encode_result(self.plan, self.batch, samples, prompt, timings)
+        return self.result

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from data_plane.kv_scales import KV_DTYPE, KVScales
+
 # Files up to this size are hashed whole; larger ones by header and samples.
 WHOLE_FILE_BYTES = 64 << 20
 SAMPLE_BYTES = 64 << 10
@@ -36,6 +38,21 @@ def fingerprint(path: Path, dtype: torch.dtype, *, dummy: bool = False) -> str:
     for file in sorted(path.glob("*.safetensors")):
         _add(digest, file.name.encode())
         _add_file(digest, file)
+    return digest.hexdigest()
+
+
+def block_fingerprint(model: str, scales: KVScales | None) -> str:
+    """Names what decides the bytes of a block: the model's fingerprint, and what the cache adds.
+
+    It is the domain of prefix hashes, and requests move between engines where it is equal.
+    Scales mean a cache of fp8; without, keys and values have the model's own dtype, which its
+    fingerprint names already.
+    """
+    if scales is None:
+        return model
+    digest = hashlib.sha256()
+    for part in ("quire blocks v1", model, str(KV_DTYPE), scales.digest):
+        _add(digest, part.encode())
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import kernels
+from data_plane.kv_scales import KV_DTYPE, KVScales
 
 BlockIds = NDArray[np.integer[Any]]
 
@@ -26,6 +27,10 @@ class KVCache:
 
     Nothing is written at start: fresh pages are committed when first used, and the
     kernels never read a slot that its sequence has not written.
+
+    A cache of float8_e4m3fn takes half the memory of a model's 16 bits. It holds keys
+    and values in units of its scales, which the kernels divide and multiply by; moving
+    blocks needs no scales, because within the cache they are the same for all blocks.
     """
 
     def __init__(
@@ -38,15 +43,19 @@ class KVCache:
         head_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        scales: KVScales | None = None,
     ) -> None:
-        """Raises ValueError for a count below 1 (host_block_count: below 0)."""
+        """Raises ValueError for a count below 1 (host_block_count: below 0), and for scales
+        of another shape, without need, or missing for a dtype of float8_e4m3fn."""
         counts = (layer_count, block_count, kv_head_count, block_size, head_size)
         if min(counts) < 1 or host_block_count < 0:
             raise ValueError(f"counts must be positive: {counts}, {host_block_count} on the host")
+        _check_scales(scales, dtype, (layer_count, kv_head_count))
         self.layer_count = layer_count
         self.block_count = block_count
         self.host_block_count = host_block_count
         self.block_size = block_size
+        self.dtype = dtype
         self.device = torch.device(device)
         block_shape = (layer_count, 2, kv_head_count, block_size, head_size)
         slab = torch.empty((block_count, *block_shape), dtype=dtype, device=self.device)
@@ -59,6 +68,10 @@ class KVCache:
         # Views are made once: a step takes two a layer.
         self._keys = [self.slab[layer, :, 0] for layer in range(layer_count)]
         self._values = [self.slab[layer, :, 1] for layer in range(layer_count)]
+        self._key_scales = self._value_scales = None
+        if scales is not None:
+            self._key_scales = list(scales.keys.to(self.device))
+            self._value_scales = list(scales.values.to(self.device))
 
     def keys(self, layer: int) -> Tensor:
         """[block_count, Hkv, block_size, D], a view."""
@@ -67,6 +80,14 @@ class KVCache:
     def values(self, layer: int) -> Tensor:
         """[block_count, Hkv, block_size, D], a view."""
         return self._values[layer]
+
+    def key_scales(self, layer: int) -> Tensor | None:
+        """fp32 [Hkv] on the device, what keys are multiplied by; None unless they are fp8."""
+        return None if self._key_scales is None else self._key_scales[layer]
+
+    def value_scales(self, layer: int) -> Tensor | None:
+        """The same for values."""
+        return None if self._value_scales is None else self._value_scales[layer]
 
     def copy_blocks(self, sources: BlockIds, destinations: BlockIds) -> None:
         """Copy device blocks. ValueError for ids beyond the slab, or a target that is a source."""
@@ -84,6 +105,13 @@ class KVCache:
         if len(host_blocks):
             ids = _ids(host_blocks), _ids(device_blocks)
             kernels.swap_blocks(self.host_slab, self.slab, *ids)
+
+
+def _check_scales(scales: KVScales | None, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    if (scales is None) == (dtype == KV_DTYPE):
+        raise ValueError(f"scales must be given for a cache of {KV_DTYPE}, and for no other")
+    if scales is not None and scales.keys.shape != shape:
+        raise ValueError(f"scales must be {list(shape)}, not {list(scales.keys.shape)}")
 
 
 def _ids(blocks: BlockIds) -> Tensor:

@@ -25,8 +25,18 @@ from transformers.utils import logging as transformers_logging
 import kernels
 from data_plane.fingerprint import fingerprint
 from data_plane.kv_cache import KVCache
+from data_plane.kv_scales import KVScales, cache_dtype
+from data_plane.load_progress import log_weight_loading
 from data_plane.model_probe import ModelError, first_line, probe, window_of
 from data_plane.packed_linear import pack_linears
+from data_plane.tensor_parallel import ALONE, Partition, TensorGroup
+from data_plane.weights import (
+    Checkpoint,
+    build_module,
+    make_weights,
+    read_weights,
+    why_not_streamed,
+)
 from kernels import AttentionBatch
 
 __all__ = ["Model", "ModelError", "ModelFacts", "load_model"]
@@ -39,15 +49,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelFacts:
     """What the other plane needs to know of a model.
 
-    fingerprint: hex SHA-256 of config, dtype and weights. vocabulary_size: logits
-    of a row. max_model_length: tokens of prompt and output together.
-    eos_token_ids: any of them ends a sequence; empty if the model names none.
+    fingerprint: hex SHA-256 of config, dtype and weights. kv_head_count: the whole
+    model's; local_kv_head_count: those that this rank's KV cache has, all of them
+    where one process holds the model, and first_kv_head on in the model's order.
+    vocabulary_size: logits of a row. max_model_length: tokens of prompt and output
+    together. eos_token_ids: any of them ends a sequence; empty if the model names none.
     """
 
     name: str
     fingerprint: str
     layer_count: int
     kv_head_count: int
+    local_kv_head_count: int
+    first_kv_head: int
     head_size: int
     dtype: torch.dtype
     vocabulary_size: int
@@ -87,11 +101,15 @@ class Model:
         logits: Tensor = output.logits[0]
         return logits
 
-    def warm_up(self) -> None:
-        """Run a small prefill and decode, so that the first request does not pay for set-up."""
+    def warm_up(self, scales: KVScales | None = None) -> None:
+        """Run a small prefill and decode, so that the first request does not pay for set-up.
+
+        scales: those of the KV cache that requests will find, where it is one of fp8.
+        """
         facts = self.facts
-        geometry = (facts.kv_head_count, 16, facts.head_size, facts.dtype, self.device)
-        cache = KVCache(facts.layer_count, 1, 0, *geometry)
+        dtype = cache_dtype(facts.dtype, scales)
+        geometry = (facts.local_kv_head_count, 16, facts.head_size, dtype, self.device)
+        cache = KVCache(facts.layer_count, 1, 0, *geometry, scales)
         for start, count in ((0, 8), (8, 1)):
             positions = torch.arange(start, start + count)
             batch = AttentionBatch.build(
@@ -113,51 +131,48 @@ def load_model(
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     device: torch.device | str = "cpu",
     name: str | None = None,
+    group: TensorGroup = ALONE,
 ) -> Model:
     """Load the model in a directory, or make one with random weights from its config alone.
 
     dtype: auto (what the checkpoint was saved in), float32, bfloat16 or float16.
     load_format: safetensors, or dummy, which needs no weights and makes the same
-    ones each time. name: defaults to the directory's. Raises ModelError with the
-    reason where the model cannot be served. No code of the checkpoint is ever run.
+    ones each time. name: defaults to the directory's. group: the ranks that share
+    the model; each calls this with its own group, warm_up and forward alike, in
+    lock-step. Raises ModelError with the reason where the model cannot be served.
+    No code of the checkpoint is ever run.
     """
-    path = Path(path)
-    raw = _read_config(path)
-    if load_format == "safetensors":
-        _check_weights(path)
-    elif load_format != "dummy":
-        raise ModelError(f"load format {load_format!r} is neither safetensors nor dummy")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise ModelError(f"{path / 'config.json'}: {first_line(error)}") from error
-    architecture = _architecture(config, raw)
-    device = torch.device(device)
-    if device.type == "cpu":
-        _keep_freed_memory()
-    wanted = DTYPES.get(dtype, "auto")
-    if load_format == "dummy":
-        module = _make_dummy(architecture, config, wanted, device)
-    else:
-        module = _load(architecture, path, wanted).to(device)
-    module.eval().requires_grad_(False)
-    # With a padding token, some models look for it in the input of every step. Some
-    # configs check what is set, so set it unseen.
-    vars(module.config.get_text_config())["pad_token_id"] = None
-    if device.type == "cpu":
-        pack_linears(module)
+    path, device = Path(path), torch.device(device)
+    dummy = load_format == "dummy"
+    with group.all_or_none():
+        config, raw = _read_configs(path, load_format, dtype)
+        architecture = _architecture(config, raw)
+        if device.type == "cpu":
+            _keep_freed_memory()
+        module, partition = _load(architecture, config, path, dtype, device, group, dummy=dummy)
+        module.eval().requires_grad_(False)
+        # With a padding token, some models look for it in the input of every step. Some
+        # configs check what is set, so set it unseen.
+        vars(module.config.get_text_config())["pad_token_id"] = None
+        if device.type == "cpu":
+            pack_linears(module)
+        contents = fingerprint(path, module.dtype, dummy=dummy)
+    if not group.agrees(int(contents[:15], 16)):
+        raise ModelError(f"{path} has other contents on another rank")
     # After packing, so that a model which cannot run on packed weights is refused here.
     geometry = probe(module, device)
     if not kernels.serves_head_size(geometry.head_size, device):
         raise ModelError(f"its heads of {geometry.head_size} have no kernel on {device.type}")
+    if geometry.kv_head_count != (partition.local_kv_head_count or geometry.kv_head_count):
+        raise ModelError(f"its attention is not divided among {group.size} ranks")
     module.set_attn_implementation(PAGED)
     facts = ModelFacts(
         name=name or path.resolve().name,
-        fingerprint=fingerprint(path, module.dtype, dummy=load_format == "dummy"),
+        fingerprint=contents,
         layer_count=geometry.layer_count,
-        kv_head_count=geometry.kv_head_count,
+        kv_head_count=partition.kv_head_count or geometry.kv_head_count,
+        local_kv_head_count=geometry.kv_head_count,
+        first_kv_head=partition.first_kv_head,
         head_size=geometry.head_size,
         dtype=module.dtype,
         vocabulary_size=geometry.vocabulary_size,
@@ -189,10 +204,19 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention: query [1, H, T, D], key and value [1, Hkv, T, D]."""
-    batch, layer = quire_step.batch, module.layer_idx
+    batch, cache, layer = quire_step.batch, quire_step.cache, module.layer_idx
     sinks = getattr(module, "sinks", None) if s_aux is None else s_aux
-    keys, values = quire_step.cache.keys(layer), quire_step.cache.values(layer)
-    kernels.write_cache(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch)
+    keys, values = cache.keys(layer), cache.values(layer)
+    key_scales, value_scales = cache.key_scales(layer), cache.value_scales(layer)
+    kernels.write_cache(
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        keys,
+        values,
+        batch,
+        key_scales=key_scales,
+        value_scales=value_scales,
+    )
     result = kernels.paged_attention(
         query[0].transpose(0, 1),
         keys,
@@ -202,11 +226,29 @@ def _attend(
         sliding_window=window_of(module, kwargs),
         softcap=softcap,
         sinks=sinks,
+        key_scales=key_scales,
+        value_scales=value_scales,
     )
     return result[None], None
 
 
 AttentionInterface.register(PAGED, _attend)
+
+
+def _read_configs(path: Path, load_format: str, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The config as transformers reads it and as it is written; ModelError for bad arguments."""
+    raw = _read_config(path)
+    if load_format == "safetensors":
+        _check_weights(path)
+    elif load_format != "dummy":
+        raise ModelError(f"load format {load_format!r} is neither safetensors nor dummy")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{path / 'config.json'}: {first_line(error)}") from error
+    return config, raw
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -263,9 +305,41 @@ def _architecture(config: Any, raw: dict[str, Any]) -> Any:
     return architecture
 
 
-def _load(architecture: Any, path: Path, dtype: torch.dtype | str) -> Any:
+def _load(
+    architecture: Any,
+    config: Any,
+    path: Path,
+    dtype: str,
+    device: torch.device,
+    group: TensorGroup,
+    *,
+    dummy: bool,
+) -> tuple[Any, Partition]:
+    """The module with this rank's part of the weights, on the device."""
+    checkpoint = None if dummy else Checkpoint(path)
+    wanted = DTYPES.get(dtype) or getattr(config, "dtype", None)
+    if wanted is None:
+        wanted = checkpoint.dtype() if checkpoint else torch.float32
+    module = build_module(architecture, config, wanted, PAGED)
+    partition = Partition.of(module, group)
+    reason = why_not_streamed(module) if checkpoint else None
+    if reason and group.size > 1:
+        raise ModelError(f"{reason}, so that they cannot be divided among {group.size} ranks")
+    if reason:
+        return _load_whole(architecture, path, wanted).to(device), partition
+    if checkpoint:
+        read_weights(module, checkpoint, partition.shards, device, shown=group.rank == 0)
+    else:
+        make_weights(module, partition.shards, device, shown=group.rank == 0)
+    partition.apply(module)
+    return module, partition
+
+
+def _load_whole(architecture: Any, path: Path, dtype: torch.dtype) -> Any:
+    """Let transformers load what is stored in another form than the module holds it."""
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        log_weight_loading()
     try:
         module, report = architecture.from_pretrained(
             path,
@@ -283,18 +357,6 @@ def _load(architecture: Any, path: Path, dtype: torch.dtype | str) -> Any:
             first = min(str(key) for key in report[what])
             raise ModelError(f"{path} has {len(report[what])} {what.replace('_', ' ')}: {first}")
     return module
-
-
-def _make_dummy(
-    architecture: Any, config: Any, dtype: torch.dtype | str, device: torch.device
-) -> Any:
-    """Random weights made where they will stay, the same in every process."""
-    if dtype == "auto":
-        dtype = getattr(config, "dtype", None) or torch.float32
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), device:
-        torch.manual_seed(0)
-        return architecture._from_config(config, dtype=dtype, attn_implementation=PAGED)
 
 
 def _keep_freed_memory() -> None:

@@ -1,32 +1,36 @@
-"""Draws the next tokens: what a request asks of sampling, as columns, and one call for a batch.
+"""Draws the next tokens of a batch where its logits are, without waiting for them.
 
 A draw is a pure function of (logits, the request's fields, its tokens so far, seed, sample index,
 position). The generator is counter-based, so a sequence that moves to another batch, slot, leader
 or engine goes on with the same tokens. A row's result does not depend on the other rows.
+
+What rows ask for is known on the host, what logits say is not: nothing here looks at a value of the
+device, so that the next step can be prepared while this one is computed. Faults are negative ids
+until the results are fetched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Int32Array = npt.NDArray[np.int32]
+from data_plane.philox import uniforms
+from data_plane.sampling_table import Float32Array, IndexArray, Int32Array, SamplingTable
+
 Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
-IndexArray = npt.NDArray[np.integer]
 BoolArray = npt.NDArray[np.bool_]
-_Entry = TypeVar("_Entry")
+# Brings a host array to the logits' device.
+Send = Callable[[npt.NDArray[np.generic]], Tensor]
 
 # Rows are worked on in chunks of at most this many logits, which bounds the sampler's own memory:
 # a float64 tensor of a chunk takes 64 MiB, and about four of them live at a time.
 CHUNK_ELEMENTS = 1 << 23
-# A nucleus is looked for among this many likeliest tokens before the whole vocabulary is sorted.
+# Up to this top-k only so many likeliest tokens are ranked, beyond it the whole vocabulary is.
 CANDIDATES = 1024
 
 _NAN, _UNBOUNDED, _NOTHING_LEFT = -1, -2, -3
@@ -35,61 +39,6 @@ _FAULTS = {
     _UNBOUNDED: "the model gave no finite logit, or an infinite one",
     _NOTHING_LEFT: "bias, penalties and banned stop ids leave no token to draw",
 }
-
-
-class SamplingTable:
-    """What each slot's request asks of sampling; one array entry per slot.
-
-    Ranges are those of `quire.inference.v1.Sampling`; who fills the table has checked them.
-    """
-
-    def __init__(self, max_slots: int, vocabulary_size: int) -> None:
-        self.vocabulary_size = vocabulary_size
-        self.temperature = np.zeros(max_slots, np.float32)  # 0: greedy
-        self.top_k = np.zeros(max_slots, np.int32)  # 0: all
-        self.top_p = np.ones(max_slots, np.float32)
-        self.min_p = np.zeros(max_slots, np.float32)
-        self.repetition_penalty = np.ones(max_slots, np.float32)
-        self.presence_penalty = np.zeros(max_slots, np.float32)
-        self.frequency_penalty = np.zeros(max_slots, np.float32)
-        self.seed = np.zeros(max_slots, np.uint64)
-        self.sample_index = np.zeros(max_slots, np.int32)
-        # Tokens, prompt included, that a sequence must have before one of its stop ids is drawn.
-        self.min_length = np.zeros(max_slots, np.int32)
-        self.logprob_count = np.full(max_slots, -1, np.int32)  # -1: none
-        self.prompt_logprob_count = np.full(max_slots, -1, np.int32)  # -1: none
-        # Only slots that have them are here: int32 [n], and (int32 [n], float32 [n]).
-        self.stop_ids: dict[int, Int32Array] = {}
-        self.bias: dict[int, tuple[Int32Array, Float32Array]] = {}
-        self._columns = [each for each in vars(self).values() if isinstance(each, np.ndarray)]
-        self._defaults = [column[0] for column in self._columns] if max_slots else []
-
-    def clear(self, slots: IndexArray) -> None:
-        """Sets `slots`, int [n], back to the defaults: greedy, unfiltered, no log-probabilities."""
-        for column, default in zip(self._columns, self._defaults, strict=True):
-            column[slots] = default
-        for slot in slots.tolist():
-            self.stop_ids.pop(slot, None)
-            self.bias.pop(slot, None)
-
-    def copy(self, parents: IndexArray, children: IndexArray, sample_indexes: IndexArray) -> None:
-        """Makes each child slot a copy of its parent's row, under its own sample index.
-
-        All three are int [n]; no child is also a parent.
-        """
-        for column in self._columns:
-            column[children] = column[parents]
-        self.sample_index[children] = sample_indexes
-        for parent, child in zip(parents.tolist(), children.tolist(), strict=True):
-            _copy_entry(self.stop_ids, parent, child)
-            _copy_entry(self.bias, parent, child)
-
-
-def _copy_entry(entries: dict[int, _Entry], parent: int, child: int) -> None:
-    if parent in entries:
-        entries[child] = entries[parent]
-    else:
-        entries.pop(child, None)
 
 
 @dataclass(frozen=True)
@@ -120,15 +69,102 @@ class Samples:
     faults: list[tuple[int, str]]  # (row, reason)
 
 
-def sample(
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is to be drawn, on the host.
+
+    Attributes:
+        logits: int [R], the row of the logits for each draw; forks share one.
+        slots: int32 [R].
+        lengths: int32 [R], tokens the sequence has: the position of the one to be drawn.
+    """
+
+    logits: IndexArray
+    slots: Int32Array
+    lengths: Int32Array
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities of n rows on the device, to be fetched.
+
+    Attributes:
+        rows: int64 [n], which draws these are; None for tokens of a prompt.
+        slots, positions, counts: int32 [n], on the host.
+        values: token ids int64 [n], log-probabilities fp32 [n], ranks int64 [n], the likeliest ids
+            int64 [n, w] and their log-probabilities fp32 [n, w].
+    """
+
+    rows: Int64Array | None
+    slots: Int32Array
+    positions: Int32Array
+    counts: Int32Array
+    values: tuple[Tensor, ...]
+
+    def collect(self, values: Sequence[npt.NDArray[np.generic]], drawn: Int64Array) -> Logprobs:
+        """Makes the columns out of the fetched values; rows that faulted are left out."""
+        ids, chosen, ranks, top_ids, top = values
+        valid = np.ones(len(ids), np.bool_) if self.rows is None else drawn[self.rows] >= 0
+        counts = self.counts[valid]
+        width = top_ids.shape[1] if len(ids) else 0
+        inside = np.arange(width) < counts[:, None]
+        return Logprobs(
+            slots=self.slots[valid],
+            positions=self.positions[valid],
+            token_ids=ids[valid].astype(np.int32),
+            logprobs=chosen[valid].astype(np.float32),
+            ranks=ranks[valid].astype(np.int32),
+            top_counts=counts,
+            top_token_ids=top_ids[valid][inside].astype(np.int32),
+            top_logprobs=top[valid][inside].astype(np.float32),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """One token for each of R rows, on the device, to be fetched.
+
+    Attributes:
+        ids: int64 [R]; negative where the row faulted.
+    """
+
+    ids: Tensor
+    scores: list[Scores]
+
+    @property
+    def values(self) -> list[Tensor]:
+        """All that `collect` wants fetched."""
+        return [self.ids, *(value for scores in self.scores for value in scores.values)]
+
+    def collect(self, values: Sequence[npt.NDArray[np.generic]]) -> Samples:
+        ids = values[0].astype(np.int64)
+        parts = collect_scores(self.scores, values[1:], ids)
+        return Samples(
+            token_ids=np.maximum(ids, -1).astype(np.int32),
+            logprobs=parts if parts is not None and len(parts.slots) else None,
+            faults=[(row, _FAULTS[int(ids[row])]) for row in np.flatnonzero(ids < 0).tolist()],
+        )
+
+
+def collect_scores(
+    scores: Sequence[Scores], values: Sequence[npt.NDArray[np.generic]], drawn: Int64Array
+) -> Logprobs | None:
+    """Joins what was fetched of several parts; None where there are none."""
+    width = len(fields(Logprobs)) - 3
+    parts = [
+        part.collect(values[at * width : (at + 1) * width], drawn) for at, part in enumerate(scores)
+    ]
+    return Logprobs.concatenate(parts) if parts else None
+
+
+def draw(
     logits: Tensor,
-    logit_rows: IndexArray,
-    slots: Int32Array,
-    lengths: Int32Array,
+    rows: Rows,
     table: SamplingTable,
-    tokens: Int32Array,
+    tokens: Tensor,
     prompt_lengths: Int32Array,
-) -> Samples:
+    send: Send,
+) -> Draws:
     """Draws one token for each of R rows.
 
     First bias, banned stop ids and penalties change the logits (repetition penalty: Keskar et al.,
@@ -137,124 +173,71 @@ def sample(
 
     Args:
         logits: [L, V], any float dtype and device; V at least the vocabulary's size.
-        logit_rows: int [R], the row of `logits` for each draw; forks share one.
-        slots: int32 [R].
-        lengths: int32 [R], tokens the sequence has: the position of the one to be drawn.
         table: what the slots ask for.
-        tokens: int32 [max_slots, max_length], the slots' tokens so far.
+        tokens: int32 [max_slots, max_length] on the logits' device, the slots' tokens so far.
         prompt_lengths: int32 [max_slots]; tokens past them are output.
     """
     logits = logits[:, : table.vocabulary_size]
-    ids = _argmax(logits)[logit_rows]
-    busy = np.flatnonzero(_needs_more_than_argmax(slots, lengths, table) & (ids >= 0))
+    ids = _argmax(logits).index_select(0, send(rows.logits.astype(np.int64)))
+    busy = np.flatnonzero(_needs_more_than_argmax(rows, table))
     for part in _chunks(busy, logits.shape[1]):
-        ids[part] = _draw(
-            logits[_on(logits, logit_rows[part])],
-            slots[part],
-            lengths[part],
-            table,
-            tokens,
-            prompt_lengths,
-        )
-    scored = np.flatnonzero((table.logprob_count[slots] >= 0) & (ids >= 0))
-    parts = [
-        _logprobs(
-            logits[_on(logits, logit_rows[part])],
-            slots[part],
-            lengths[part],
-            ids[part],
-            table.logprob_count[slots[part]],
-        )
-        for part in _chunks(scored, logits.shape[1])
-    ]
-    faults = [(row, _FAULTS[int(ids[row])]) for row in np.flatnonzero(ids < 0).tolist()]
-    return Samples(
-        token_ids=np.maximum(ids, -1).astype(np.int32),
-        logprobs=Logprobs.concatenate(parts) if parts else None,
-        faults=faults,
-    )
+        at = send(part)
+        chosen = Rows(rows.logits[part], rows.slots[part], rows.lengths[part])
+        copies = logits.index_select(0, send(chosen.logits.astype(np.int64)))
+        drawn = _draw(copies, chosen, table, tokens, prompt_lengths, send)
+        plain = ids.index_select(0, at)
+        ids.index_copy_(0, at, torch.where(plain < 0, plain, drawn))
+    scored = np.flatnonzero(table.logprob_count[rows.slots] >= 0)
+    scores = []
+    for part in _chunks(scored, logits.shape[1]):
+        slots, counts = rows.slots[part], table.logprob_count[rows.slots[part]]
+        raw = logits.index_select(0, send(rows.logits[part].astype(np.int64)))
+        token_ids = ids.index_select(0, send(part)).clamp(min=0)
+        values = _score(raw, token_ids, counts)
+        counts = np.minimum(counts, logits.shape[1])
+        scores.append(Scores(part, slots, rows.lengths[part], counts, values))
+    return Draws(ids, scores)
 
 
-def prompt_logprobs(
-    logits: Tensor, slot: int, first_position: int, next_tokens: Int32Array, count: int
-) -> Logprobs:
-    """Scores the tokens that follow in the prompt, row by row.
+def score_prompt(
+    logits: Tensor, slot: int, first_position: int, following: Tensor, count: int
+) -> list[Scores]:
+    """Scores the tokens that follow in a prompt, row by row.
 
     Args:
         logits: [T, V], any float dtype; no more columns than the vocabulary has.
         slot: the sequence's slot.
-        first_position: position of `next_tokens[0]` in its sequence (1 for the second token).
-        next_tokens: int32 [T], what really came after each row.
+        first_position: position of `following[0]` in its sequence (1 for the second token).
+        following: int64 [T] on the logits' device, what really came after each row.
         count: how many of the likeliest tokens to give with each; 0 or more.
     """
-    rows = np.arange(len(next_tokens))
-    parts = [
-        _logprobs(
-            logits[_on(logits, part)],
-            np.full(len(part), slot, np.int32),
-            (first_position + part).astype(np.int32),
-            next_tokens[part].astype(np.int64),
-            np.full(len(part), count, np.int32),
-        )
-        for part in _chunks(rows, logits.shape[1])
-    ]
-    nothing = np.zeros(0, np.int32)
-    if not parts:
-        parts = [_logprobs(logits[:0], nothing, nothing, nothing.astype(np.int64), nothing)]
-    return Logprobs.concatenate(parts)
+    scores = []
+    for part in _chunks(np.arange(len(following)), logits.shape[1]) if len(following) else []:
+        begin, end = int(part[0]), int(part[-1]) + 1
+        counts = np.full(len(part), min(count, logits.shape[1]), np.int32)
+        values = _score(logits[begin:end], following[begin:end], counts)
+        slots = np.full(len(part), slot, np.int32)
+        positions = (first_position + part).astype(np.int32)
+        scores.append(Scores(None, slots, positions, counts, values))
+    return scores
 
 
-def uniforms(
-    seeds: npt.NDArray[np.uint64], sample_indexes: Int32Array, positions: Int32Array
-) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) for each row, float64 [n], a multiple of 2**-53."""
-    counters = np.zeros((4, len(seeds)), np.uint64)
-    counters[0] = positions.astype(np.uint32)
-    counters[1] = sample_indexes.astype(np.uint32)
-    keys = np.stack([seeds & _MASK, seeds >> _WORD])
-    high, low, _, _ = philox(counters, keys)
-    bits = ((high << _WORD) | low) >> np.uint64(11)
-    numbers: npt.NDArray[np.float64] = bits * np.float64(2.0**-53)
-    return numbers
-
-
-_WORD = np.uint64(32)
-_MASK = np.uint64(0xFFFFFFFF)
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
-
-
-def philox(
-    counters: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.uint64]:
-    """Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC'11).
-
-    Args:
-        counters: uint64 [4, n], 32-bit words.
-        keys: uint64 [2, n], 32-bit words.
-
-    Returns: uint64 [4, n], 32-bit words.
-    """
-    a, b, c, d = counters
-    for _ in range(10):
-        first, second = _MULTIPLIERS[0] * a, _MULTIPLIERS[1] * c
-        a, b = (second >> _WORD) ^ b ^ keys[0], second & _MASK
-        c, d = (first >> _WORD) ^ d ^ keys[1], first & _MASK
-        keys = (keys + _WEYL) & _MASK
-    return np.stack([a, b, c, d])
-
-
-def _needs_more_than_argmax(
-    slots: Int32Array, lengths: Int32Array, table: SamplingTable
-) -> BoolArray:
+def _needs_more_than_argmax(rows: Rows, table: SamplingTable) -> BoolArray:
     """bool [R]: rows whose logits are changed, or that are not greedy."""
-    busy = table.temperature[slots] > 0
+    slots = rows.slots
+    busy: BoolArray = table.temperature[slots] > 0
     busy |= table.repetition_penalty[slots] != 1
     busy |= table.presence_penalty[slots] != 0
     busy |= table.frequency_penalty[slots] != 0
     busy |= _among(slots, table.bias)
-    busy |= _among(slots, table.stop_ids) & (lengths < table.min_length[slots])
+    busy |= _is_early(rows, table)
     return busy
+
+
+def _is_early(rows: Rows, table: SamplingTable) -> BoolArray:
+    """bool [R]: rows that may not draw their stop ids yet."""
+    early = rows.lengths < table.min_length[rows.slots]
+    return _among(rows.slots, table.stop_ids) & early
 
 
 def _among(slots: Int32Array, entries: Mapping[int, object]) -> BoolArray:
@@ -263,69 +246,76 @@ def _among(slots: Int32Array, entries: Mapping[int, object]) -> BoolArray:
     return np.isin(slots, np.fromiter(entries, np.int32, len(entries)))
 
 
-def _argmax(logits: Tensor) -> Int64Array:
+def _argmax(logits: Tensor) -> Tensor:
     """int64 [L]: the likeliest id (the lowest of equals), or the code of a fault."""
     if logits.shape[0] == 0:
-        return np.zeros(0, np.int64)
+        return torch.zeros(0, dtype=torch.int64, device=logits.device)
     # The maximum is NaN where any logit is.
     peaks, ids = logits.max(dim=-1)
-    ids = torch.where(peaks.isinf(), _UNBOUNDED, torch.where(peaks.isnan(), _NAN, ids))
-    return ids.cpu().numpy()
+    return torch.where(peaks.isinf(), _UNBOUNDED, torch.where(peaks.isnan(), _NAN, ids))
 
 
 def _draw(
     logits: Tensor,
-    slots: Int32Array,
-    lengths: Int32Array,
+    rows: Rows,
     table: SamplingTable,
-    tokens: Int32Array,
+    tokens: Tensor,
     prompt_lengths: Int32Array,
-) -> Int64Array:
+    send: Send,
+) -> Tensor:
     """int64 [n]: ids or fault codes for a chunk of rows; `logits` [n, V] is the caller's copy."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    _apply_bias_and_bans(logits, slots, lengths, table)
-    _apply_penalties(logits, slots, lengths, table, tokens, prompt_lengths)
+    _apply_bias_and_bans(logits, rows, table, send)
+    logits = _apply_penalties(logits, rows, table, tokens, prompt_lengths, send)
     ids = _argmax(logits)
-    ids[ids < 0] = _NOTHING_LEFT
-    warm = np.flatnonzero((table.temperature[slots] > 0) & (ids >= 0))
+    ids = torch.where(ids < 0, _NOTHING_LEFT, ids)
+    warm = np.flatnonzero(table.temperature[rows.slots] > 0)
     if len(warm):
-        ids[warm] = _draw_warm(logits[_on(logits, warm)], slots[warm], lengths[warm], table)
+        at, slots, lengths = send(warm), rows.slots[warm], rows.lengths[warm]
+        drawn = _draw_warm(logits.index_select(0, at), slots, lengths, table, send)
+        plain = ids.index_select(0, at)
+        ids.index_copy_(0, at, torch.where(plain < 0, plain, drawn))
     return ids
 
 
 def _draw_warm(
-    logits: Tensor, slots: Int32Array, lengths: Int32Array, table: SamplingTable
-) -> Int64Array:
-    """int64 [n]: an id of each row of finite peak, by inverting the distribution's cumulative sum.
+    logits: Tensor, slots: Int32Array, lengths: Int32Array, table: SamplingTable, send: Send
+) -> Tensor:
+    """int64 [n]: an id of each row, by inverting the distribution's cumulative sum.
 
-    Weights are relative to the likeliest token's, which is exactly 1 at any temperature.
+    Weights are relative to the likeliest token's, which is exactly 1 at any temperature. Rows
+    without a finite peak give an id that means nothing.
     """
     peaks = logits.amax(dim=-1, keepdim=True)
     weights = (logits - peaks).double()
-    weights.div_(_on(logits, table.temperature[slots].astype(np.float64))[:, None]).exp_()
+    weights.div_(send(table.temperature[slots].astype(np.float64))[:, None]).exp_()
     min_p, top_k, top_p = table.min_p[slots], table.top_k[slots], table.top_p[slots]
-    if min_p.any():
-        weights.masked_fill_(weights < _on(logits, min_p)[:, None], 0)
+    if (min_p > 0).any():
+        weights.masked_fill_(weights < send(min_p)[:, None], 0)
     vocabulary = logits.shape[1]
-    filtered = np.flatnonzero(((top_k > 0) & (top_k < vocabulary)) | (top_p < 1))
-    if len(filtered):
-        at = _on(logits, filtered)
-        top_k = np.where(top_k > 0, np.minimum(top_k, vocabulary), vocabulary)[filtered]
-        kept = _nucleus(logits[at], weights[at], top_k, top_p[filtered])
-        weights[at] = weights[at] * kept
+    top_k = np.where(top_k > 0, np.minimum(top_k, vocabulary), vocabulary)
+    filtered = (top_k < vocabulary) | (top_p < 1)
+    narrow = top_k <= CANDIDATES
+    for chosen in (np.flatnonzero(filtered & narrow), np.flatnonzero(filtered & ~narrow)):
+        if len(chosen):
+            at = send(chosen)
+            part, part_weights = logits.index_select(0, at), weights.index_select(0, at)
+            kept = _nucleus(part, part_weights, top_k[chosen], top_p[chosen], send)
+            weights.index_copy_(0, at, part_weights * kept)
 
     sums = weights.cumsum(dim=-1)
     # A token without weight is never drawn, however sums round: its sum counts as 0 ...
     sums.mul_(weights > 0)
     total = sums.amax(dim=-1)
-    target = _on(logits, uniforms(table.seed[slots], table.sample_index[slots], lengths)) * total
+    target = send(uniforms(table.seed[slots], table.sample_index[slots], lengths)) * total
     # ... and some sum always lies above the target.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    above = (sums > target[:, None]).to(torch.uint8)
-    return above.argmax(dim=-1).cpu().numpy()
+    return (sums > target[:, None]).to(torch.uint8).argmax(dim=-1)
 
 
-def _nucleus(logits: Tensor, weights: Tensor, top_k: IndexArray, top_p: Float32Array) -> Tensor:
+def _nucleus(
+    logits: Tensor, weights: Tensor, top_k: IndexArray, top_p: Float32Array, send: Send
+) -> Tensor:
     """bool [n, V]: the tokens that top-k and then top-p keep.
 
     Args:
@@ -334,155 +324,109 @@ def _nucleus(logits: Tensor, weights: Tensor, top_k: IndexArray, top_p: Float32A
         top_k: int [n] in [1, V]; V keeps all.
         top_p: float32 [n] in (0, 1]; the smallest set with this share of the mass is kept.
     """
-    vocabulary = logits.shape[1]
-    # Enough for top-k alone; a nucleus that does not fit is looked for again below.
-    width = min(vocabulary, CANDIDATES, int(top_k.max()))
-    kept = torch.empty_like(logits, dtype=torch.bool)
-    wide = (top_k > width) & (top_k < vocabulary)
-    narrow = np.flatnonzero(~wide)
-    if len(narrow):
-        at = _on(logits, narrow)
-        part, part_k = logits[at], top_k[narrow]
-        values, counts = _nucleus_sizes(part, weights[at], part_k, top_p[narrow], width)
-        kept[at] = _largest(part, values, counts)
-        wide[narrow] = (counts.cpu().numpy() == width) & (part_k > width)
-    rest = np.flatnonzero(wide)
-    if len(rest):
-        at = _on(logits, rest)
-        part = logits[at]
-        kept[at] = _largest(
-            part, *_nucleus_sizes(part, weights[at], top_k[rest], top_p[rest], vocabulary)
-        )
-    return kept
-
-
-def _nucleus_sizes(
-    logits: Tensor, weights: Tensor, top_k: IndexArray, top_p: Float32Array, width: int
-) -> tuple[Tensor, Tensor]:
-    """The `width` largest logits, [n, width], and how many of them are kept, int64 [n]."""
-    values, ids = logits.topk(width, dim=-1)
+    width = int(top_k.max())
+    ids = _ranked(logits, width)
     ranked = weights.gather(1, ids)
-    inside = torch.arange(width, device=logits.device) < _on(logits, top_k)[:, None]
+    inside = torch.arange(width, device=logits.device) < send(top_k.astype(np.int64))[:, None]
     sums = ranked.mul_(inside).cumsum(dim=-1)
-    totals = sums[:, -1]
-    if width < logits.shape[1] and (top_k > width).any():
-        totals = torch.where(_on(logits, top_k > width), weights.cumsum(dim=-1)[:, -1], totals)
-    # At 1 nothing may be cut, not even a tail too light to change the sum.
-    share = _on(logits, np.where(top_p < 1, top_p, np.inf))
+    # A row that keeps all has no threshold to round: its share is beyond any sum.
+    share = send(np.where(top_p < 1, top_p, np.inf).astype(np.float64))
     before = torch.nn.functional.pad(sums[:, :-1], (1, 0))
-    counts = (inside & (before < (share * totals)[:, None])).sum(dim=-1)
-    return values, counts
+    kept = inside & (before < (share * sums[:, -1])[:, None])
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, kept)
 
 
-def _largest(values: Tensor, ranked: Tensor, counts: Tensor) -> Tensor:
-    """bool [n, V]: marks the `counts` largest entries of each row, the first ones among equals.
-
-    Args:
-        values: [n, V].
-        ranked: [n, w], the largest of them in descending order; w at least every count.
-        counts: int64 [n].
-    """
-    last = ranked.gather(1, (counts - 1).clamp(min=0)[:, None])
-    equals = values == last
-    room = counts - (ranked > last).sum(dim=-1)
-    return (values > last) & (counts > 0)[:, None] | (
-        equals & (equals.cumsum(dim=-1, dtype=torch.int32) <= room[:, None])
-    )
+def _ranked(logits: Tensor, width: int) -> Tensor:
+    """int64 [n, width]: the ids of the largest logits of each row, best first, equal ones by id."""
+    if width >= logits.shape[1] or logits.dtype != torch.float32:
+        return logits.argsort(dim=-1, descending=True, stable=True)[:, :width]
+    # `topk` does not say which of equals it takes, so none are: 32 bits of a logit that sort as it
+    # does (negative zero made positive), then 32 bits of its id.
+    bits = (logits + 0.0).view(torch.int32).long()
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    return ((bits << 32) - ids).topk(width, dim=-1).indices
 
 
-def _apply_bias_and_bans(
-    logits: Tensor, slots: Int32Array, lengths: Int32Array, table: SamplingTable
-) -> None:
-    biased = np.flatnonzero(_among(slots, table.bias))
+def _apply_bias_and_bans(logits: Tensor, rows: Rows, table: SamplingTable, send: Send) -> None:
+    biased = np.flatnonzero(_among(rows.slots, table.bias))
     if len(biased):
-        entries = [table.bias[slot] for slot in slots[biased].tolist()]
-        rows = np.repeat(biased, [len(ids) for ids, _ in entries])
+        entries = [table.bias[slot] for slot in rows.slots[biased].tolist()]
+        owners = np.repeat(biased, [len(ids) for ids, _ in entries])
         ids = np.concatenate([ids for ids, _ in entries]).astype(np.int64)
         values = np.concatenate([values for _, values in entries])
-        at = (_on(logits, rows), _on(logits, ids))
-        logits[at] = logits[at] + _on(logits, values).to(logits.dtype)
-    early = np.flatnonzero(_among(slots, table.stop_ids) & (lengths < table.min_length[slots]))
+        at = (send(owners), send(ids))
+        logits.index_put_(at, logits[at] + send(values).to(logits.dtype))
+    early = np.flatnonzero(_is_early(rows, table))
     if len(early):
-        stops = [table.stop_ids[slot] for slot in slots[early].tolist()]
-        rows = np.repeat(early, [len(ids) for ids in stops])
-        ids = np.concatenate(stops).astype(np.int64)
-        logits[_on(logits, rows), _on(logits, ids)] = -torch.inf
+        stops = [table.stop_ids[slot] for slot in rows.slots[early].tolist()]
+        owners = np.repeat(early, [len(ids) for ids in stops])
+        at = (send(owners), send(np.concatenate(stops).astype(np.int64)))
+        logits.index_put_(at, torch.full((), -torch.inf, dtype=logits.dtype, device=logits.device))
 
 
 def _apply_penalties(
     logits: Tensor,
-    slots: Int32Array,
-    lengths: Int32Array,
+    rows: Rows,
     table: SamplingTable,
-    tokens: Int32Array,
+    tokens: Tensor,
     prompt_lengths: Int32Array,
-) -> None:
+    send: Send,
+) -> Tensor:
+    slots, lengths = rows.slots, rows.lengths
     repetition = table.repetition_penalty[slots]
     repeating = np.flatnonzero(repetition != 1)
     if len(repeating):
-        rows, ids = _history(tokens, slots, np.zeros_like(lengths), lengths, repeating)
-        at = (_on(logits, rows), _on(logits, ids))
-        seen, penalty = logits[at], _on(logits, repetition[rows])
-        # A token seen twice is written twice, with the same value.
-        logits[at] = torch.where(seen < 0, seen * penalty, seen / penalty)
+        at, ends = send(repeating), lengths[repeating]
+        counts = _counts(logits, tokens, slots[repeating], np.zeros_like(ends), ends, send)
+        before, penalty = logits.index_select(0, at), send(repetition[repeating])[:, None]
+        after = torch.where(before < 0, before * penalty, before / penalty)
+        logits = logits.index_copy(0, at, torch.where(counts > 0, after, before))
 
     presence, frequency = table.presence_penalty[slots], table.frequency_penalty[slots]
     counting = np.flatnonzero((presence != 0) | (frequency != 0))
     if len(counting):
-        rows, ids = _history(tokens, slots, prompt_lengths[slots], lengths, counting)
-        counts = torch.zeros((len(counting), logits.shape[1]), device=logits.device)
-        at = (_on(logits, np.searchsorted(counting, rows)), _on(logits, ids))
-        counts.index_put_(at, torch.ones((), device=logits.device), accumulate=True)
-        at_rows = _on(logits, counting)
-        each = _on(logits, frequency[counting])[:, None]
-        once = _on(logits, presence[counting])[:, None]
-        logits[at_rows] = logits[at_rows] - each * counts - once * (counts > 0)
+        at, starts = send(counting), prompt_lengths[slots[counting]]
+        counts = _counts(logits, tokens, slots[counting], starts, lengths[counting], send)
+        each, once = send(frequency[counting])[:, None], send(presence[counting])[:, None]
+        before = logits.index_select(0, at)
+        logits = logits.index_copy(0, at, before - each * counts - once * (counts > 0))
+    return logits
 
 
-def _history(
-    tokens: Int32Array, slots: Int32Array, starts: Int32Array, ends: Int32Array, rows: Int64Array
-) -> tuple[Int64Array, Int64Array]:
-    """(row, token id), both int64 [N], of the tokens from `starts` to `ends` of the given rows."""
-    counts = np.maximum(ends[rows] - starts[rows], 0).astype(np.int64)
-    owners = np.repeat(rows, counts)
-    offsets = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return owners, tokens[slots[owners], starts[owners] + offsets].astype(np.int64)
+def _counts(
+    logits: Tensor,
+    tokens: Tensor,
+    slots: Int32Array,
+    starts: Int32Array,
+    ends: Int32Array,
+    send: Send,
+) -> Tensor:
+    """fp32 [n, V]: how often each token occurs from `starts` to `ends` of the slots' tokens."""
+    vocabulary, width = logits.shape[1], int(ends.max())
+    ids = tokens[:, :width].index_select(0, send(slots.astype(np.int64))).long()
+    at = torch.arange(width, device=logits.device)
+    bounds = send(starts.astype(np.int64))[:, None], send(ends.astype(np.int64))[:, None]
+    # What is outside counts in a column of its own.
+    ids = torch.where((at >= bounds[0]) & (at < bounds[1]), ids, vocabulary)
+    counts = torch.zeros((len(slots), vocabulary + 1), device=logits.device)
+    counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
+    return counts[:, :vocabulary]
 
 
-def _logprobs(
-    logits: Tensor, slots: Int32Array, positions: Int32Array, ids: Int64Array, counts: Int32Array
-) -> Logprobs:
-    """Log-probabilities of `ids`, int64 [n], and of the `counts` likeliest, for `logits` [n, V]."""
+def _score(logits: Tensor, ids: Tensor, counts: Int32Array) -> tuple[Tensor, ...]:
+    """The values of `Scores` for `ids`, int64 [n], and up to max(`counts`) likeliest ones."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits.masked_fill(logits.isnan(), -torch.inf)
     normalisers = logits.logsumexp(dim=-1, keepdim=True)
-    chosen = logits.gather(1, _on(logits, ids)[:, None])
+    chosen = logits.gather(1, ids[:, None])
     ranks = 1 + (logits > chosen).sum(dim=-1)
-    counts = np.minimum(counts, logits.shape[1]).astype(np.int32)
-    width = max(int(counts.max(initial=0)), 1)
-    # Equal logits are common in bfloat16, and `topk` does not say which of them it takes.
-    marked = _largest(logits, logits.topk(width, dim=-1).values, _on(logits, counts).long())
-    at = marked.nonzero(as_tuple=True)
-    top = (logits[at] - normalisers[at[0], 0]).float().cpu().numpy()
-    top_rows, top_ids, top_logits = (each.cpu().numpy() for each in (*at, logits[at]))
-    order = np.lexsort((top_ids, -top_logits, top_rows))
-    return Logprobs(
-        slots=slots,
-        positions=positions,
-        token_ids=ids.astype(np.int32),
-        logprobs=(chosen - normalisers)[:, 0].float().cpu().numpy(),
-        ranks=ranks.cpu().numpy().astype(np.int32),
-        top_counts=counts,
-        top_token_ids=top_ids[order].astype(np.int32),
-        top_logprobs=top[order],
-    )
+    top_ids = _ranked(logits, min(int(counts.max(initial=0)), logits.shape[1]))
+    top = (logits.gather(1, top_ids) - normalisers).float()
+    return ids, (chosen - normalisers)[:, 0].float(), ranks, top_ids, top
 
 
 def _chunks(rows: Int64Array, vocabulary_size: int) -> Iterator[Int64Array]:
     size = max(1, CHUNK_ELEMENTS // vocabulary_size)
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
-
-
-def _on(tensor: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(tensor.device)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_plane.plan import Admissions, Int32Array, PlanError, column
-from data_plane.sampler import SamplingTable
+from data_plane.sampling_table import SamplingTable
 from protos import validation
 
 _PENALTY = validation.MAX_PENALTY

@@ -8,25 +8,33 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import grpc
 
-from data_plane.engine import Engine
+from data_plane.engine import Engine, Launched
 from data_plane.plan import PlanError, decode_plan
+from data_plane.plan_check import check_plan
+from data_plane.rank_link import Kind
+from data_plane.ranks import Ranks
 from data_plane.tokenizer_files import TokenizerFiles
 from data_plane.worker import Worker
 from protos import wire
 from protos.engine.v1 import engine_pb2, engine_pb2_grpc
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Plans that may wait for the worker beside the one it executes. Two are the protocol's depth; a
 # leader that sends far more is not ours.
 MAX_PLANS_IN_FLIGHT = 4
 _TOKENIZER_CHUNK_BYTES = 1 << 20
+_REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
+# For whoever watches the process to say why a job failed.
+_REASON_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,11 @@ class _Leadership:
 
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):
-    """Arbiter of its own leadership: whoever holds the one Lead stream leads."""
+    """Arbiter of its own leadership: whoever holds the one Lead stream leads.
+
+    Args:
+        ranks: the other ranks of the engine, which do whatever this process does.
+    """
 
     def __init__(
         self,
@@ -70,14 +82,22 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         *,
         engine_id: str,
         times: ServiceTimes,
+        ranks: Ranks | None = None,
     ) -> None:
         self._engine, self._worker, self._tokenizer = engine, worker, tokenizer
+        self._ranks = ranks or Ranks()
         self._engine_id = engine_id
         self._times = times
         self._incarnation = uuid.uuid4().hex
         self._epoch = 0
         self._leader: _Leadership | None = None
         self._eviction: asyncio.Task[None] | None = None
+        self._failing, self._failure = asyncio.Event(), ""
+
+    def fail(self, sentence: str) -> None:
+        """Ends the Lead stream, now and for good, with why the engine cannot go on."""
+        self._failure = sentence
+        self._failing.set()
 
     async def Describe(
         self, request: engine_pb2.DescribeRequest, context: wire.Context
@@ -87,12 +107,12 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             engine_id=self._engine_id,
             incarnation=self._incarnation,
             model=facts.name,
-            model_fingerprint=facts.fingerprint,
+            model_fingerprint=self._engine.fingerprint,
             geometry=engine_pb2.Geometry(
                 layer_count=facts.layer_count,
                 kv_head_count=facts.kv_head_count,
                 head_size=facts.head_size,
-                kv_dtype=str(facts.dtype).removeprefix("torch."),
+                kv_dtype=str(self._engine.cache.dtype).removeprefix("torch."),
                 block_size_tokens=sizes.block_size,
                 device_block_count=sizes.block_count,
                 host_block_count=sizes.host_block_count,
@@ -135,6 +155,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         context: wire.Context,
     ) -> None:
         try:
+            if self._failure:
+                raise _engine_failed(self._failure)
             claim = await self._next(requests)
             if claim is None or claim.WhichOneof("message") != "claim":
                 raise _refusal(PlanError("INVALID", "the first message must be a claim"))
@@ -146,7 +168,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 return
             await self._lead(claim.claim, requests, context)
         except wire.RpcError as error:
-            if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            if error.code in _REFUSALS:
                 self._engine.counters.refused_plan_count += 1
             await wire.abort(context, error)
 
@@ -161,11 +183,11 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         if self._eviction is not None:
             self._eviction.cancel()
         log.info("leader granted: epoch %d to %s", leader.epoch, leader.address or "unnamed")
-        writer: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[object]] = []
         try:
             # The worker's queue is first come, first served: by the time this snapshot is taken,
             # every plan of earlier leaders is done or cancelled.
-            parts = await self._worker.call(self._engine.snapshot)
+            parts = await self._reported(self._worker.call(self._snapshot))
             granted = engine_pb2.Granted(
                 epoch=leader.epoch,
                 incarnation=self._incarnation,
@@ -174,16 +196,18 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             await context.write(engine_pb2.LeadResponse(granted=granted))
             for part in parts:
                 await context.write(engine_pb2.LeadResponse(snapshot_part=part))
-            writer = asyncio.create_task(_write_results(leader, context))
-            reader = asyncio.create_task(self._read_plans(leader, requests))
-            done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
-            reader.cancel()
+            tasks.append(asyncio.create_task(_write_results(leader, context)))
+            tasks.append(asyncio.create_task(self._read_plans(leader, requests)))
+            tasks.append(asyncio.create_task(self._failing.wait()))
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+            if self._failure:
+                raise _engine_failed(self._failure)
         finally:
             self._release(leader)
-            if writer is not None:
-                writer.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def _read_plans(
         self, leader: _Leadership, requests: AsyncIterator[engine_pb2.LeadRequest]
@@ -212,17 +236,49 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
     ) -> engine_pb2.StepResult:
         arrived = time.perf_counter_ns()
 
-        def job() -> engine_pb2.StepResult:
+        def begin() -> Launched:
             if leader.broken:
                 raise PlanError("OUT_OF_ORDER", "a plan before this one was refused")
             try:
                 queued_us = (time.perf_counter_ns() - arrived) // 1000
-                return self._engine.execute(decode_plan(plan), queued_us)
+                columns = decode_plan(plan)
+                if not self._ranks.alone:
+                    # A plan that does not fit must reach no other rank: one that began the step
+                    # would wait for this one for ever.
+                    check_plan(columns, self._engine.state, self._engine.sizes.step_tokens)
+                    self._ranks.send(Kind.PLAN, plan.SerializeToString())
+                return self._engine.launch(columns, queued_us)
             except PlanError:
                 leader.broken = True
                 raise
 
-        return await self._worker.call(job)
+        return await self._reported(self._worker.call_device(begin))
+
+    def _snapshot(self) -> list[engine_pb2.SnapshotPart]:
+        self._ranks.send(Kind.PAUSE)
+        return self._engine.snapshot()
+
+    def _release_all(self) -> int:
+        self._ranks.send(Kind.RELEASE_ALL)
+        return self._engine.release_all()
+
+    async def _reported(self, job: Awaitable[T]) -> T:
+        """Waits for a job of the worker.
+
+        Raises:
+            PlanError: it refused a plan.
+            wire.RpcError: it failed, and the engine with it.
+        """
+        try:
+            return await job
+        except PlanError:
+            raise
+        except Exception as error:
+            # Another rank may be to blame, and whoever watches them all will say so.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_REASON_SECONDS):
+                    await self._failing.wait()
+            raise _engine_failed(self._failure or f"its worker failed: {error!r}") from error
 
     async def _next(
         self, requests: AsyncIterator[engine_pb2.LeadRequest]
@@ -249,7 +305,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
 
     async def _evict_later(self) -> None:
         await asyncio.sleep(self._times.resident_grace)
-        dropped = await self._worker.call(self._engine.release_all)
+        dropped = await self._worker.call(self._release_all)
         if dropped:
             log.warning("no leader came back: %d sequences dropped", dropped)
 
@@ -268,6 +324,10 @@ async def _write_results(leader: _Leadership, context: wire.Context) -> None:
         except PlanError as error:
             raise _refusal(error) from error
         await context.write(engine_pb2.LeadResponse(result=result))
+
+
+def _engine_failed(sentence: str) -> wire.RpcError:
+    return wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED", sentence)
 
 
 def _refusal(error: PlanError) -> wire.RpcError:

@@ -41,12 +41,28 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights, keys and values; auto: the checkpoint's"
     )
+    kv_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="of the KV cache; auto: dtype's; fp8 (e4m3): twice the blocks of 16 bits",
+    )
+    kv_scales: Path | None = Field(
+        None, description="file of fp8 scales; none: the model directory's, else measured at start"
+    )
     device: str = Field("auto", description="torch device; auto: cuda if there is one, else cpu")
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="ranks that hold the model together, a device each"
+    )
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: torch's choice")
     listen: str = Field("127.0.0.1:7411", description="host:port of the engine API")
     engine_id: str = Field("", description="stable name; empty: derived from host name and address")
     block_size: int = Field(16, ge=1, le=256, description="tokens per block")
-    kv_memory_mib: int = Field(512, ge=1, description="MiB of device memory for the block pool")
+    kv_memory_mib: int = Field(
+        0, ge=0, description="MiB of memory for the block pool; 0: on a GPU what is left, else 512"
+    )
+    memory_share: float = Field(
+        0.9, gt=0, le=1, description="of a GPU's memory, what is used in all if kv-memory-mib is 0"
+    )
+    graphs: bool = Field(True, description="run decode steps as CUDA graphs, on a GPU")
     blocks: int = Field(
         0, ge=0, description="blocks in the pool; 0: as many as kv-memory-mib holds"
     )

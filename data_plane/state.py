@@ -13,10 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from data_plane.plan import HASH_BYTES, Admissions, Int32Array, PlanColumns
-from data_plane.sampler import SamplingTable
+from data_plane.sampling_table import SamplingTable
 from data_plane.sampling_wire import assign_sampling
 
 Int64Array = npt.NDArray[np.int64]
+
+# A reference, of the counts' own type: `ufunc.at` is forty times slower when it has to convert.
+ONE = np.int32(1)
 
 # Columns that a copy of a sequence has from its parent.
 _INHERITED = ("token_count", "prompt_count", "cached", "table_length", "faulted")
@@ -41,7 +44,8 @@ class StepBatch:
         slots: int32 [S].
         counts: int32 [S], tokens of each sequence in this step.
         decode_count: how many of the sequences are decodes.
-        token_ids, positions, slot_mapping: int64 [T]; a mapping of -1 writes no key and value.
+        token_slots: int64 [T]; with `positions` it says where the tokens' ids are.
+        positions, slot_mapping: int64 [T]; a mapping of -1 writes no key and value.
         query_starts: int32 [S + 1].
         context_lengths: int32 [S], keys of each sequence, this step's included.
         block_tables: int32 [S, B].
@@ -54,7 +58,7 @@ class StepBatch:
     slots: Int32Array
     counts: Int32Array
     decode_count: int
-    token_ids: Int64Array
+    token_slots: Int64Array
     positions: Int64Array
     slot_mapping: Int64Array
     query_starts: Int32Array
@@ -66,6 +70,21 @@ class StepBatch:
     prompt_rows: list[tuple[int, int, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """Tokens that are counted already and whose ids are still to come.
+
+    Attributes:
+        slots: int32 [R].
+        occupancies: int64 [R], which occupant of its slot each was sampled for.
+        positions: int64 [R], in their sequences.
+    """
+
+    slots: Int32Array
+    occupancies: Int64Array
+    positions: Int64Array
+
+
 class ResidentState:
     """Columns by slot and by block.
 
@@ -75,7 +94,8 @@ class ResidentState:
         cached: tokens that are never written again, because their blocks may be shared.
         decoding: the decode batch kept between steps.
         faulted: a sample has faulted, so that the tokens from there on mean nothing.
-        tokens: int32 [slots, length]; tables: int32 [slots, blocks].
+        occupancy: which occupant of the slot this is.
+        tokens: int32 [slots, length], without ids that are awaited; tables: int32 [slots, blocks].
         reference_counts: int32 [blocks]; hashed: bool [blocks]; hashes: uint8 [blocks, 16].
     """
 
@@ -100,6 +120,7 @@ class ResidentState:
         self.decoding = np.zeros(slot_count, np.bool_)
         self.swapped = np.zeros(slot_count, np.bool_)
         self.faulted = np.zeros(slot_count, np.bool_)
+        self.occupancy = np.zeros(slot_count, np.int64)
         self.tokens = np.zeros((slot_count, max_length + 1), np.int32)
         self.table_width = -(-max_length // block_size) + 1
         self.tables = np.zeros((slot_count, self.table_width), np.int32)
@@ -132,35 +153,41 @@ class ResidentState:
         """Empties resident slots; their blocks lose a reference each."""
         for slot in slots.tolist():
             if not self.swapped[slot]:
-                np.subtract.at(self.reference_counts, self.table(slot), 1)
+                np.subtract.at(self.reference_counts, self.table(slot), ONE)
             self.token_count[slot] = self.table_length[slot] = 0
             self.decoding[slot] = self.swapped[slot] = self.faulted[slot] = False
             self.requests[slot] = b""
         if len(slots):
+            self.occupancy[slots] += 1
             self.sampling.clear(slots)
 
     def _swap(
         self, slots: Int32Array, blocks: Int32Array, targets: Int32Array
     ) -> tuple[Int32Array, Int32Array]:
         """Rewrites the tables of `slots` by the mapping blocks -> targets, to host or back."""
-        moved = dict(zip(blocks.tolist(), targets.tolist(), strict=True))
-        for slot in slots.tolist():
-            table = self.table(slot)
-            if not self.swapped[slot]:
-                np.subtract.at(self.reference_counts, table, 1)
-            table[:] = [moved[block] for block in table.tolist()]
-            self.swapped[slot] = not self.swapped[slot]
-            self.decoding[slot] = False
-            if not self.swapped[slot]:
-                self._take_fresh(np.setdiff1d(table, np.flatnonzero(self.reference_counts)))
-                np.add.at(self.reference_counts, table, 1)
+        if not len(slots):
+            return blocks, targets
+        counts = self.table_length[slots]
+        rows = np.repeat(slots, counts)
+        columns = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
+        leaving = self.tables[rows, columns]
+        moved = np.zeros(max(self.block_count, self.host_block_count), np.int32)
+        moved[blocks] = targets
+        arriving = self.tables[rows, columns] = moved[leaving]
+        if self.swapped[slots[0]]:
+            self._take_fresh(arriving[self.reference_counts[arriving] == 0])
+            np.add.at(self.reference_counts, arriving, ONE)
+        else:
+            np.subtract.at(self.reference_counts, leaving, ONE)
+        self.swapped[slots] = ~self.swapped[slots]
+        self.decoding[slots] = False
         return blocks, targets
 
     def _truncate(self, slots: Int32Array, counts: Int32Array) -> None:
         for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
             kept = min(-(-count // self.block_size), int(self.table_length[slot]))
             dropped = self.tables[slot, kept : self.table_length[slot]]
-            np.subtract.at(self.reference_counts, dropped, 1)
+            np.subtract.at(self.reference_counts, dropped, ONE)
             self.table_length[slot] = kept
             self.token_count[slot] = count
             self.computed[slot] = min(self.computed[slot], count - 1)
@@ -192,9 +219,9 @@ class ResidentState:
         length = int(self.token_count[parents].max())
         tables, tokens = self.tables[parents, :blocks], self.tokens[parents, :length]
         for parent in parents.tolist():
-            np.add.at(self.reference_counts, self.table(parent), 1)
+            np.add.at(self.reference_counts, self.table(parent), ONE)
         for slot in slots.tolist():
-            np.subtract.at(self.reference_counts, self.table(slot), 1)
+            np.subtract.at(self.reference_counts, self.table(slot), ONE)
         self.tables[slots, :blocks], self.tokens[slots, :length] = tables, tokens
         for name in (*_INHERITED, "computed"):
             column = getattr(self, name)
@@ -217,7 +244,7 @@ class ResidentState:
         slots, indexes, targets = plan.copied_slots, plan.copied_indexes, plan.copied_blocks
         sources = self.tables[slots, indexes]
         if len(slots):
-            np.subtract.at(self.reference_counts, sources, 1)
+            np.subtract.at(self.reference_counts, sources, ONE)
             self._take_fresh(targets)
             self.reference_counts[targets] += 1
             self.tables[slots, indexes] = targets
@@ -257,7 +284,7 @@ class ResidentState:
             slots=slots,
             counts=counts,
             decode_count=len(decodes),
-            token_ids=self.tokens[row_slots, positions].astype(np.int64),
+            token_slots=row_slots.astype(np.int64),
             positions=positions,
             slot_mapping=mapping,
             query_starts=starts,
@@ -281,7 +308,7 @@ class ResidentState:
             self.computed[child] = count
             self.tokens[child, :count] = self.tokens[parent, :count]
             self.tables[child, :blocks] = self.tables[parent, :blocks]
-            np.add.at(self.reference_counts, self.table(child), 1)
+            np.add.at(self.reference_counts, self.table(child), ONE)
             self.requests[child] = self.requests[parent]
         if len(plan.fork_parents):
             self.sampling.copy(plan.fork_parents, plan.fork_children, plan.fork_sample_indexes)
@@ -304,20 +331,27 @@ class ResidentState:
             prompt_rows.append((slot, first, count))
         return np.concatenate(extra), prompt_rows
 
-    def commit(self, plan: PlanColumns, batch: StepBatch, token_ids: Int32Array) -> None:
-        """Takes what the step computed and sampled; -1 (a fault) counts as a token of id 0.
+    def advance(self, plan: PlanColumns, batch: StepBatch) -> Awaited:
+        """Counts what the step computes and samples, as soon as it is on its way."""
+        self.computed[batch.slots] += batch.counts
+        sampled = batch.sampled_slots
+        positions = self.token_count[sampled].astype(np.int64)
+        self.token_count[sampled] += 1
+        if len(plan.hashed_blocks):
+            self.hashes[plan.hashed_blocks] = plan.block_hashes
+            self.hashed[plan.hashed_blocks] = plan.block_hashes.any(axis=1)
+        return Awaited(sampled, self.occupancy[sampled], positions)
+
+    def record(self, awaited: Awaited, token_ids: Int32Array) -> None:
+        """Takes sampled ids, int32 [R]; -1 (a fault) counts as a token of id 0.
 
         A slot may decode on before its leader hears of the fault, so it stays marked until it is
         released: none of its tokens from there on was drawn from what the model really said.
         """
-        self.computed[batch.slots] += batch.counts
-        sampled = batch.sampled_slots
-        self.tokens[sampled, self.token_count[sampled]] = np.maximum(token_ids, 0)
-        self.token_count[sampled] += 1
-        self.faulted[sampled] |= token_ids < 0
-        if len(plan.hashed_blocks):
-            self.hashes[plan.hashed_blocks] = plan.block_hashes
-            self.hashed[plan.hashed_blocks] = plan.block_hashes.any(axis=1)
+        current = self.occupancy[awaited.slots] == awaited.occupancies
+        slots, ids = awaited.slots[current], token_ids[current]
+        self.tokens[slots, awaited.positions[current]] = np.maximum(ids, 0)
+        self.faulted[slots] |= ids < 0
 
     def pause(self) -> None:
         """Readies what is resident for another leader, with no plan in flight.

@@ -8,7 +8,7 @@ It shares its name with an optional package that transformers probes for by
 version, so it must never carry a version attribute.
 """
 
-from kernels.batch import AttentionBatch
+from kernels.batch import AttentionBatch, upload
 from kernels.checks import serves_head_size
 from kernels.ops import copy_blocks, paged_attention, swap_blocks, write_cache
 
@@ -18,5 +18,6 @@ __all__ = [
     "paged_attention",
     "serves_head_size",
     "swap_blocks",
+    "upload",
     "write_cache",
 ]

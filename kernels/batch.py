@@ -65,10 +65,10 @@ class AttentionBatch:
         host = HostColumns(query_starts, context_lengths, block_tables, slot_mapping)
         _check(host, decode_count)
         return cls(
-            query_starts.to(device, non_blocking=True),
-            context_lengths.to(device, non_blocking=True),
-            block_tables.to(device, non_blocking=True),
-            slot_mapping.to(device, non_blocking=True),
+            upload(query_starts, device),
+            upload(context_lengths, device),
+            upload(block_tables, device),
+            upload(slot_mapping, device),
             decode_count,
             host,
         )
@@ -88,6 +88,16 @@ class AttentionBatch:
             self._derived[key] = make()
         found: Derived = self._derived[key]
         return found
+
+
+def upload(column: Tensor, device: torch.device | str) -> Tensor:
+    """Brings a CPU tensor to a device without waiting for anything; on a CPU it is the same one.
+
+    A copy from pageable memory would wait for all that the device has been given before.
+    """
+    if torch.device(device).type != "cuda":
+        return column.to(device)
+    return column.pin_memory().to(device, non_blocking=True)
 
 
 def _check(host: HostColumns, decode_count: int) -> None:

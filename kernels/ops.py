@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import torch_attention, torch_cache
-from kernels.batch import AttentionBatch
+from kernels.batch import AttentionBatch, upload
 from kernels.checks import check_attention, check_move, check_write
 from kernels.options import Options
 
@@ -233,7 +233,7 @@ def _copy_cpu(slab: Tensor, sources: Tensor, destinations: Tensor) -> None:
 def _copy_cuda(slab: Tensor, sources: Tensor, destinations: Tensor) -> None:
     from kernels import triton_cache
 
-    ids = (ids.to(slab.device, non_blocking=True) for ids in (sources, destinations))
+    ids = (upload(ids, slab.device) for ids in (sources, destinations))
     with _on(slab):
         triton_cache.copy_blocks(slab, *ids)
 

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.batch import AttentionBatch
+from kernels.batch import AttentionBatch, upload
 from kernels.launch import Launch
 from kernels.options import Options
 from kernels.tiling import (
@@ -160,8 +160,7 @@ def plan_chunk_part(
     resident = resident_items(tiling, kv_heads, device)
     capacity = tiles.sequence.shape[0] + 2 * resident
     work = cut_work(tiles, tiling.keys, resident, capacity, tiling.partial_cost)
-    items = work.items.to(device, non_blocking=True)
-    merges = work.tiles.to(device, non_blocking=True)
+    items, merges = upload(work.items, device), upload(work.tiles, device)
     return Part(WorkList(items, merges, work.partial_count), tiling, tiling.tokens(group), False)
 
 

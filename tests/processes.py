@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -20,6 +21,23 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def wait_until_serving(port: int, check: Callable[[], None], seconds: float = 60) -> None:
+    """Asks the health service of a process; `check` raises if that can never serve."""
+    deadline = time.monotonic() + seconds
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while time.monotonic() < deadline:
+            check()
+            try:
+                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            except grpc.RpcError:
+                pass
+            time.sleep(0.02)
+    raise AssertionError(f"nothing serves at port {port} after {seconds} s")
 
 
 class Process:
@@ -36,19 +54,14 @@ class Process:
 
     def ready(self, seconds: float = 60) -> None:
         """Waits until the health service says SERVING."""
-        deadline = time.monotonic() + seconds
-        with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            while time.monotonic() < deadline:
-                assert self._process.poll() is None, self._log.read_text()
-                try:
-                    answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
-                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                        return
-                except grpc.RpcError:
-                    pass
-                time.sleep(0.02)
-        raise AssertionError(f"not ready: {self._log.read_text()}")
+        wait_until_serving(self.port, self._check, seconds)
+
+    def _check(self) -> None:
+        assert self._process.poll() is None, self._log.read_text()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait(self, seconds: float = 60) -> int:
         return self._process.wait(seconds)

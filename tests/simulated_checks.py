@@ -135,7 +135,9 @@ class WaitingCheck:
         self._check_order(scheduler, plan)
         self._check_swapped(scheduler, plan)
         head = scheduler.queue.head
-        if head is None or not has_room(scheduler, head):
+        # A sibling of one that the plan admits waits for the next plan, to share its prompt.
+        begun = {admission.sequence.group for admission in plan.admissions}
+        if head is None or head in begun or not has_room(scheduler, head):
             self._head = None
             return
         name = head.request.request_id

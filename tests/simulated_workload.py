@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,11 @@ def scenario_of(seed: int) -> Scenario:
     )
     jobs = _jobs(rng, limits)
     if seed % SEARCHING == 0:
-        jobs += _searches(random.Random(f"searches {seed}"), limits, jobs)
+        apart = random.Random(f"searches {seed}")
+        jobs += _searches(apart, limits, jobs)
+        # Beams are hard to hit: a search takes few steps, and pauses between them.
+        rate, most = apart.choice([0.0, 0.03, 0.1, 0.2]), apart.choice([3, 8, 20])
+        trouble = replace(trouble, rate=rate, most=most)
     return Scenario(seed, limits, rng.choice([1, 2, 2, 3, 4]), jobs, pace, trouble)
 
 

@@ -14,6 +14,7 @@ from control_plane.leader import LeaderState
 from control_plane.server import Replica
 from control_plane.settings import Settings
 from data_plane.engine import Engine, EngineSizes
+from data_plane.kv_scales import KVScales
 from data_plane.model import Model
 from data_plane.service import EngineService, ServiceTimes
 from data_plane.tokenizer_files import read_tokenizer
@@ -194,6 +195,7 @@ async def running_stack(
     slot_count: int = 64,
     step_tokens: int = 256,
     max_length: int = 0,
+    kv_scales: KVScales | None = None,
     times: dict[str, float] | None = None,
     **settings: object,
 ) -> AsyncIterator[Stack]:
@@ -206,7 +208,7 @@ async def running_stack(
         step_tokens=step_tokens,
         max_length=max_length or model.facts.max_model_length,
     )
-    engine = Engine(model, sizes, check=True)
+    engine = Engine(model, sizes, kv_scales=kv_scales, check=True)
     async with (
         running_engine(engine, directory, **(times or {})) as (worker, port),
         running_replica([port], **settings) as replica,

@@ -84,9 +84,10 @@ class StubEngine:
         batch = self.state.lay_out(columns)
         self.prefill_tokens += int(batch.counts[batch.decode_count :].sum())
         written = batch.slot_mapping >= 0
-        self.keys[batch.slot_mapping[written]] = batch.token_ids[written]
+        tokens = self.state.tokens[batch.token_slots, batch.positions]
+        self.keys[batch.slot_mapping[written]] = tokens[written]
         samples = self._sample(batch)
-        self.state.commit(columns, batch, samples.token_ids)
+        self.state.record(self.state.advance(columns, batch), samples.token_ids)
         self.state.check()
         result = encode_result(columns, batch, samples, None, (0, 0, 0, 0))
         return decode_result(engine_pb2.StepResult.FromString(result.SerializeToString()))

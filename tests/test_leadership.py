@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import grpc
 import numpy as np
@@ -175,12 +176,14 @@ def test_a_slot_that_faulted_is_not_handed_over(
         await lead.step(
             _changed(admissions=beside, chunk_slots=ints(1), chunk_token_counts=ints(20))
         )
-        forward = engine._forward
-        with monkeypatch.context() as faulty:
+        forward = Model.forward
+
+        def faulty(model: Model, *inputs: Any) -> torch.Tensor:
             # Of the decode batch, slot 0 is the first row.
-            faulty.setattr(
-                engine, "_forward", lambda batch: forward(batch).index_fill(0, FIRST, math.nan)
-            )
+            return forward(model, *inputs).index_fill(0, FIRST, math.nan)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "forward", faulty)
             result = await lead.step(pb.StepPlan(epoch=1, step=3, decode_joins=ints(0, 1)))
         assert [fault.slot for fault in result.faults] == [0]
         assert not (await lead.step(pb.StepPlan(epoch=1, step=4))).faults

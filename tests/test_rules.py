@@ -34,6 +34,7 @@ SCRIPTS = {
 WIRE_MODULES = {
     "control_plane/admin.py",
     "control_plane/admin_client.py",
+    "control_plane/cli/child.py",
     "control_plane/client.py",
     "control_plane/engine_link.py",
     "control_plane/engine_wire.py",

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from data_plane import sampler
-from data_plane.sampler import Logprobs, Samples, SamplingTable, philox, sample, uniforms
+from data_plane.philox import philox, uniforms
+from data_plane.sampler import Logprobs, Rows, Samples, collect_scores, draw, score_prompt
+from data_plane.sampling_table import SamplingTable
 
 VOCABULARY = 97
 NAN, INFINITY = float("nan"), float("inf")
@@ -59,6 +61,20 @@ def fill(requests: list[Request], slots: np.ndarray, vocabulary: int) -> tuple:
         tokens[slot, len(history) :] = 5  # what lies past the end must not matter
         prompt_lengths[slot] = len(request.prompt)
     return table, tokens, prompt_lengths
+
+
+def sample(logits, rows, slots, lengths, table, tokens, prompt_lengths) -> Samples:
+    drawn = Rows(rows, slots, lengths)
+    device = torch.from_numpy(tokens)
+    draws = draw(logits, drawn, table, device, prompt_lengths, torch.from_numpy)
+    return draws.collect([value.numpy() for value in draws.values])
+
+
+def prompt_logprobs(logits, slot, first_position, following, count) -> Logprobs | None:
+    ids = torch.from_numpy(following).long()
+    scores = score_prompt(logits, slot, first_position, ids, count)
+    values = [value.numpy() for part in scores for value in part.values]
+    return collect_scores(scores, values, np.zeros(0, np.int64))
 
 
 def run(logits: torch.Tensor, requests: list[Request], rows=None, slots=None) -> Samples:
@@ -357,14 +373,14 @@ def test_prompt_logprobs_of_a_chunk(monkeypatch) -> None:
     logits = torch.randn(8, VOCABULARY, generator=torch.Generator().manual_seed(0))
     logits[2, 5] = NAN
     following = np.arange(8, dtype=np.int32) * 3
-    found = sampler.prompt_logprobs(logits, 4, 17, following, 2)
+    found = prompt_logprobs(logits, 4, 17, following, 2)
     assert found.slots.tolist() == [4] * 8 and found.positions.tolist() == list(range(17, 25))
     assert found.token_ids.tolist() == following.tolist() and found.top_counts.tolist() == [2] * 8
     raw = torch.log_softmax(logits, -1)
     good = [0, 1, 3, 4, 5, 6, 7]
     assert found.logprobs[good] == pytest.approx(raw[good, following[good]].numpy(), abs=1e-5)
     assert found.top_token_ids.reshape(8, 2)[good].tolist() == raw.topk(2).indices[good].tolist()
-    assert len(sampler.prompt_logprobs(logits[:0], 4, 17, following[:0], 2).slots) == 0
+    assert prompt_logprobs(logits[:0], 4, 17, following[:0], 2) is None
 
 
 def test_clear_and_copy_carry_every_column() -> None:
@@ -406,7 +422,9 @@ def test_processors_of_transformers_agree() -> None:
         ours = x.clone()
         table, tokens, prompt_lengths = fill([request], np.zeros(1, np.int32), VOCABULARY)
         one = np.zeros(1, np.int32)
-        sampler._apply_penalties(ours, one, one + history.shape[1], table, tokens, prompt_lengths)
+        rows = Rows(one, one, one + history.shape[1])
+        device = torch.from_numpy(tokens)
+        ours = sampler._apply_penalties(ours, rows, table, device, prompt_lengths, torch.from_numpy)
         assert torch.equal(ours, theirs)
     for request, warpers in (
         (Request(top_k=7), [processors.TopKLogitsWarper(7)]),

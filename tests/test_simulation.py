@@ -7,13 +7,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from control_plane.beams import BeamSearch
 from control_plane.blocks import BlockPool, Int32Array
+from control_plane.branching import Branching
 from control_plane.plan import Plan
 from control_plane.request import Sequence, SequenceGroup
 from control_plane.scheduler import Scheduler
 from control_plane.slots import SlotTable
 from control_plane.swapping import SwapSpace
 from control_plane.wait_queue import WaitQueue
+from data_plane.state import ResidentState
 from tests import simulator
 from tests.simulated_workload import drawn
 from tests.simulator import SimulationFailed, kept_seeds, simulate
@@ -176,6 +179,37 @@ def _evicted_hashes_stay_announced(monkeypatch: Monkey) -> None:
     monkeypatch.setattr(BlockPool, "_drop_hash", drop_hash)
 
 
+def _faulted_slots_are_handed_over(monkeypatch: Monkey) -> None:
+    def pause(self: ResidentState) -> None:
+        self.decoding[:] = False
+
+    monkeypatch.setattr(ResidentState, "pause", pause)
+
+
+def _beams_write_into_what_they_share(monkeypatch: Monkey) -> None:
+    original = Branching._branch
+
+    def branch(self: Branching, plan: Plan, group: SequenceGroup, search: BeamSearch) -> None:
+        original(self, plan, group, search)
+        self._slots.forked[plan.beam_slots] = False
+
+    monkeypatch.setattr(Branching, "_branch", branch)
+
+
+def _beams_that_are_taken_off_stay_in_the_plan(monkeypatch: Monkey) -> None:
+    monkeypatch.setattr(Branching, "undo", lambda self, plan, group: None)
+
+
+def _beams_that_are_taken_off_do_not_branch(monkeypatch: Monkey) -> None:
+    original = Branching.settle
+
+    def settle(self: Branching, group: SequenceGroup, search: BeamSearch) -> None:
+        search.take_moves()
+        original(self, group, search)
+
+    monkeypatch.setattr(Branching, "settle", settle)
+
+
 BUGS = [
     _release_drops_one_too_many,
     _share_forgets_one,
@@ -190,6 +224,10 @@ BUGS = [
     _takeover_forgets_the_host,
     _what_is_brought_back_never_runs,
     _evicted_hashes_stay_announced,
+    _faulted_slots_are_handed_over,
+    _beams_write_into_what_they_share,
+    _beams_that_are_taken_off_stay_in_the_plan,
+    _beams_that_are_taken_off_do_not_branch,
 ]
 
 

@@ -1,4 +1,4 @@
-"""``make bench-gpu``: measures the kernels on a GPU within a given time.
+"""``make bench-gpu``: measures kernels and engine on a GPU within a given time.
 
 ``python -m benchmarks.gpu [--minutes N] [--section NAME ...] [--tune] [--dry-run]``
 ``python -m benchmarks.gpu --render FILE`` writes a run's figures into docs/performance.md.
@@ -22,7 +22,9 @@ from benchmarks.gpu.supervisor import Outcome, Supervisor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DRY = "a dry run: the sizes are tiny, and no figure means anything"
-SECTIONS = ("ceiling", "check", "decode", "prefill", "copy", "swap")
+KERNEL_SECTIONS = ("ceiling", "check", "decode", "prefill", "copy", "swap")
+ENGINE_SECTIONS = ("engine", "step", "rate", "preempt", "fit", "kernels")
+SECTIONS = KERNEL_SECTIONS + ENGINE_SECTIONS
 
 
 class Log:

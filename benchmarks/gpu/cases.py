@@ -1,18 +1,22 @@
 """What is measured, in order of importance. Nothing here needs torch.
 
 A cell is one line of the results. Its fields say what is measured, its key names it, and
-its section says by which module: ceilings, check, attention, moves or tune.
+its section says by which module: ceilings, check, attention, moves or tune for the kernels;
+steps, rates, preemption, fitting or engine_checks for the engine.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 # Query heads and key/value heads of a layer: Llama 3 8B, without shared heads, Llama 3 70B
 # on one GPU, Qwen 2.5 7B, whose group of 7 leaves rows of the matrix units empty.
 GROUPED, EVERY, LARGE, SEVEN = (32, 8), (32, 32), (64, 8), (28, 4)
 
+
+# Who serves the same model: transformers, by its functions.
+MODEL_PEERS = ("generate", "continuous batching")
 
 # What flex_attention takes to compile, and tuning to try everything.
 COMPILING_SECONDS, TUNING_SECONDS = 45.0, 35.0
@@ -148,6 +152,72 @@ class Swap(Cell):
 
 
 @dataclass(frozen=True)
+class EngineCell(Cell):
+    """A cell that runs an engine. model: a name in `models.SHAPES`, or the demo model."""
+
+    model: str
+
+    @property
+    def seconds(self) -> float:
+        """With a model that must be loaded first, and kernels that must be compiled."""
+        return 25.0
+
+
+@dataclass(frozen=True)
+class EngineCheck(EngineCell):
+    """what: tokens (those of transformers' generate) or memory (none is taken after start)."""
+
+    section: ClassVar[str] = "engine"
+    what: str
+
+
+@dataclass(frozen=True)
+class Step(EngineCell):
+    """A chain of decode steps. context: mean tokens of a sequence. eager: without graphs."""
+
+    section: ClassVar[str] = "step"
+    batch: int
+    context: int
+    eager: bool = False
+
+
+@dataclass(frozen=True)
+class Kernels(EngineCell):
+    """What the device is busy with in such a step; apart, since a profiler slows what follows."""
+
+    section: ClassVar[str] = "kernels"
+    batch: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Rate(EngineCell):
+    """Tokens a second of requests that come at once, beside transformers on the same weights."""
+
+    section: ClassVar[str] = "rate"
+    batch: int
+
+
+@dataclass(frozen=True)
+class Preempt(EngineCell):
+    """Swapping a sequence out and in, and computing it again, by its length."""
+
+    section: ClassVar[str] = "preempt"
+    block: int
+
+
+@dataclass(frozen=True)
+class Fit(EngineCell):
+    """How many requests the memory beside the weights holds at once, by kind of allocation."""
+
+    section: ClassVar[str] = "fit"
+
+    @property
+    def seconds(self) -> float:
+        return 40.0
+
+
+@dataclass(frozen=True)
 class TuneDecode(Decode):
     """A shape of decodes that tilings are tried on."""
 
@@ -176,9 +246,11 @@ def measured(dry: bool) -> list[Cell]:
     return [
         *(Ceiling(name) for name in ("read", "copy", "matrix", "pinned")),
         *_checks(),
+        EngineCheck(DEMO, "tokens"),
         *_first_decodes(),
         *_first_prefills(),
         *_moves(),
+        *_engine(),
         *_more_decodes(),
         *_more_prefills(),
         *_last_decodes(),
@@ -289,6 +361,33 @@ def _more_prefills() -> list[Cell]:
     ]
 
 
+LLAMA, OPT, DEMO = "llama-8b", "opt-13b", "demo"
+# Batches and contexts. Sequences of the 13B take 800 KiB a token, and 2048 tokens at most.
+_LLAMA_STEPS = ((64, 512), (64, 4096), (256, 512), (1, 512), (8, 512), (8, 4096), (1, 4096))
+_OPT_STEPS = ((64, 512), (256, 256), (1, 512), (8, 512), (64, 1536))
+
+
+def _engine() -> list[Cell]:
+    """One model after the other; the profiler comes last, when all that is timed has been."""
+    return [
+        *_steps(LLAMA, _LLAMA_STEPS, eager=4),
+        EngineCheck(LLAMA, "memory"),
+        *(Rate(LLAMA, batch) for batch in (1, 8, 64, 256)),
+        *(Preempt(LLAMA, block) for block in (8, 16, 32)),
+        *_steps(OPT, _OPT_STEPS, eager=2),
+        *(Rate(OPT, batch) for batch in (1, 64, 256)),
+        Fit(OPT),
+        *(Kernels(OPT, *shape) for shape in _OPT_STEPS[:2]),
+        *(Kernels(LLAMA, *shape) for shape in _LLAMA_STEPS[:5]),
+    ]
+
+
+def _steps(model: str, shapes: tuple[tuple[int, int], ...], eager: int) -> list[Cell]:
+    """With graphs, and the first ones without."""
+    graphs = [Step(model, *shape) for shape in shapes]
+    return [*graphs, *(replace(cell, eager=True) for cell in graphs[:eager])]
+
+
 def _moves() -> list[Cell]:
     """Blocks of 2 MiB (32 layers of 8 heads of 128) and of 64 KiB (4 layers of 4 of 64)."""
     blocks = ((2048, 32), (64, 4))
@@ -329,4 +428,13 @@ def _dry() -> list[Cell]:
         Prefill(2, 10, 40, **half),
         *(Copy(4, 2, 1, layout, small=True) for layout in _LAYOUTS),
         *(Swap(4, 2, 1, way, layout, small=True) for layout in _LAYOUTS for way in ("out", "in")),
+        EngineCheck(DEMO, "tokens"),
+        EngineCheck("tiny-llama", "memory"),
+        *_steps("tiny-llama", ((3, 40),), eager=1),
+        *(Rate("tiny-llama", batch) for batch in (1, 3)),
+        Preempt("tiny-llama", 8),
+        *_steps("tiny-opt", ((2, 20),), eager=0),
+        Rate("tiny-opt", 2),
+        Fit("tiny-opt"),
+        Kernels("tiny-llama", 3, 40),
     ]

@@ -15,8 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile
 
 from kernels.launch import Launch
 
@@ -24,6 +27,8 @@ from kernels.launch import Launch
 REPLAY_MILLISECONDS = 1.0
 GRAPH_CALLS = 512
 ROUNDS = (7, 30)
+# What stands for the memory of a GPU in a dry run.
+DRY_FREE_BYTES = 8 << 20
 
 Calls = Sequence[Callable[[], object]]
 
@@ -39,6 +44,20 @@ class Timing:
     median: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """All calls of one kernel, or of one kind of copy: how many, and microseconds together."""
+
+    name: str
+    calls: int
+    us: float
+
+    @property
+    def copies(self) -> bool:
+        """Whether it is a copy or a fill of the driver's own, no kernel."""
+        return self.name.startswith(("Memcpy", "Memset"))
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,56 @@ class Device:
         if self.cuda and torch.cuda.memory_reserved() > self.memory_bytes // 3:
             torch.cuda.empty_cache()
 
+    def release(self) -> None:
+        """Gives back all that nobody holds, what holds itself included."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that can be had, after `release`."""
+        if self.cuda and not self.dry:
+            return torch.cuda.mem_get_info(self.place)[0]
+        return DRY_FREE_BYTES
+
+    def memory_counters(self) -> dict[str, int]:
+        """What the allocators of the device and of pinned memory have taken from the driver.
+
+        retries: how often memory was full, so that all that was unused had to be given back.
+        """
+        if not self.cuda:
+            return dict.fromkeys(("reserved_bytes", "retries", "mallocs", "host_mallocs"), 0)
+        stats = torch.cuda.memory_stats(self.place)
+        pinned: dict[str, int] = getattr(torch.cuda, "host_memory_stats", dict)()
+        return {
+            "reserved_bytes": stats.get("reserved_bytes.all.current", 0),
+            "retries": stats.get("num_alloc_retries", 0),
+            "mallocs": stats.get("num_device_alloc", 0),
+            "host_mallocs": pinned.get("num_host_alloc", 0),
+        }
+
+    def kernel_times(self, run: Callable[[], object]) -> list[KernelTime]:
+        """What the device did while `run` ran, the longest first. Raises RuntimeError if nothing.
+
+        Without a GPU they are torch's operators on the CPU.
+        """
+        kind = ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU
+        self.wait()
+        with profile(activities=[kind]) as profiler:
+            run()
+            self.wait()
+        times: dict[str, list[float]] = {}
+        for event in profiler.events() or []:
+            if not self.cuda:
+                times.setdefault(event.name, []).append(event.self_cpu_time_total)
+            elif event.device_type == DeviceType.CUDA and not _annotates(event):
+                times.setdefault(event.name, []).append(event.time_range.elapsed_us())
+        if not times:
+            raise RuntimeError("the profiler saw no kernel")
+        found = [KernelTime(name, len(each), sum(each)) for name, each in times.items()]
+        return sorted(found, key=lambda kernel: kernel.us, reverse=True)
+
 
 def find_device(dry: bool) -> Device:
     """The first GPU; with `dry` the CPU will do. Raises RuntimeError where there is none."""
@@ -108,6 +177,11 @@ def find_device(dry: bool) -> Device:
     if not dry:
         raise RuntimeError("no GPU is visible; --dry-run works without one")
     return Device(torch.device("cpu"), "Triton interpreter", False, True, 4, 1 << 16, 1 << 30)
+
+
+def _annotates(event: Any) -> bool:
+    """Whether an event of the profiler spans others: somebody's name for a part of the program."""
+    return bool(getattr(event, "is_user_annotation", False))
 
 
 def compile_ahead(launches: Sequence[Launch]) -> int:

@@ -25,7 +25,7 @@ SWAP_ROUNDS = 5
 def copy(cell: Copy, device: Device) -> dict[str, Any]:
     """Whole calls, on the device's clock. Bytes are those moved: each is read and written."""
     count = (cell.mib << 10) // cell.kib
-    slab = _fill(_slab(cell, 2 * SETS * count, device))
+    slab = fill(_slab(cell, 2 * SETS * count, device))
     ids = torch.randperm(slab.shape[1]).to(device.place).split(count)
     calls = [partial(kernels.copy_blocks, slab, ids[2 * at], ids[2 * at + 1]) for at in range(SETS)]
     timings, failures = device.measure({"copy": calls})
@@ -41,7 +41,7 @@ def copy(cell: Copy, device: Device) -> dict[str, Any]:
 def swap(cell: Swap, device: Device) -> dict[str, Any]:
     """From the call until the device is done, as the host's clock sees it."""
     count = (cell.mib << 10) // cell.kib
-    slab = _fill(_slab(cell, 2 * count, device))
+    slab = fill(_slab(cell, 2 * count, device))
     there = _pinned_like(slab, cell.layout, device)
     there.copy_(slab)
     here_ids, there_ids = (torch.randperm(slab.shape[1])[:count] for _ in range(2))
@@ -70,7 +70,8 @@ def _slab(cell: Copy | Swap, blocks: int, device: Device) -> Tensor:
     return empty_slab(shape, cell.layout, torch.bfloat16, device.place)
 
 
-def _fill(slab: Tensor) -> Tensor:
+def fill(slab: Tensor) -> Tensor:
+    """Random numbers, in parts that torch fills at once."""
     memory = slab if slab.is_contiguous() else slab.transpose(0, 1)
     for part in memory.split(max(1, (512 << 20) // memory[0].numel())):
         part.normal_()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import cases, peers
+from benchmarks.gpu import cases, engine_report, peers
 from benchmarks.gpu.cases import Cell
 
 Line = dict[str, Any]
@@ -35,6 +35,7 @@ def line(cell: Cell, figures: Mapping[str, Any], lines: Lines) -> Line:
             "swap": _swap,
         }.get(cell.section)
         derived = derive(cell, figures, _ceilings(lines)) if derive else {}
+        derived |= engine_report.derive(cell, figures, lines)
     content = {**cell.columns(), **figures, **derived}
     content.pop("small", None)
     found: Line = rounded({"benchmark": f"gpu_{cell.section}", "cell": cell.key, **content})
@@ -73,12 +74,16 @@ def progress(text: Line) -> str:
         "paging_overhead": "{:+.1%} for blocks",
         "plan_us": "plan {:.3g} us",
         "gain": "{:.2f} times",
+        "tokens_s": "{:.4g} tokens/s",
+        "bubble": "bubble {:.1%}",
+        "bubble_eager": "{:.1%} eager",
     }
     parts = [form.format(text[name]) for name, form in known.items() if name in text]
     if not parts and "error" in text:
         parts = [f"error {text['error']:.2g}"]
     peer_times = text.get("peers", {}).items()
-    parts += [f"{SHORT_NAMES[name]} {found['us']:.4g}" for name, found in peer_times]
+    parts += [f"{SHORT_NAMES.get(name, name)} {found['us']:.4g}" for name, found in peer_times]
+    parts += engine_report.progress(text)
     return f"{text['cell']}: {', '.join(parts) or 'passed'}"
 
 
@@ -138,7 +143,8 @@ def render(lines: Lines, cells: Sequence[Cell]) -> dict[str, str]:
         "copy": _copy_table,
         "swap": _swap_table,
     }
-    return {name: make(lines, cells) for name, make in makers.items()}
+    found = {name: make(lines, cells) for name, make in makers.items()}
+    return found | engine_report.tables(lines, cells)
 
 
 def page(text: str, source: str, lines: Lines) -> str:
@@ -181,7 +187,7 @@ def _device_table(lines: Lines, cells: Sequence[Cell]) -> str:
     header = lines.get("")
     rows = [
         [name, str(header.get(name, "–")) if header else NOTHING]
-        for name in ("date", "name", "driver", "torch", "triton", "commit")
+        for name in ("date", "name", "driver", "torch", "triton", "transformers", "commit")
     ]
     return _table(("", ""), rows)
 
@@ -315,9 +321,19 @@ def summary(lines: Lines) -> str:
             found += [f"    {_tiling(text, each)}" for each in text.get("best", [])]
     checks = [text for text in lines.values() if text["benchmark"] == "gpu_check"]
     failed = [text for text in lines.values() if "failed" in text]
+    found.append(_seconds(lines))
     found.append(f"checks: {len(checks)}, failed cells: {len(failed)}")
     found += [f"  {text['cell']}: {text['failed']}" for text in failed]
     return "\n".join(found)
+
+
+def _seconds(lines: Lines) -> str:
+    """What the cells of each section took; what is compiled ahead of them is not in it."""
+    sums: dict[str, float] = {}
+    for text in (text for text in lines.values() if "cell" in text):
+        section = text["benchmark"].removeprefix("gpu_")
+        sums[section] = sums.get(section, 0.0) + text.get("took", 0.0)
+    return "seconds: " + ", ".join(f"{name} {total:.1f}" for name, total in sums.items())
 
 
 def _tiling(text: Line, best: Line) -> str:

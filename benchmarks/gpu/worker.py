@@ -12,10 +12,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import cases
 from benchmarks.gpu.cases import Cell
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.engine_cells import EngineCells
 
 # Seconds that are left for the report.
 RESERVE = 4.0
@@ -34,10 +38,16 @@ class Worker:
         self.ends = time.monotonic() + settings["seconds"] - RESERVE
         self.dry = bool(settings["dry"])
         prepare_interpreter(self.dry)
+        import torch
+
         from benchmarks.gpu import device
 
         self.device = device.find_device(self.dry)
+        if not self.device.cuda:
+            # Threads cost tiny sizes more than they bring.
+            torch.set_num_threads(1)
         self.compiled: set[str] = set()
+        self._engine_cells: EngineCells | None = None
 
     def cells(self) -> list[Cell]:
         make = cases.tuned if self.settings["tune"] else cases.measured
@@ -95,6 +105,24 @@ class Worker:
         self.say("note", text=f"compiled {count} kernels in {time.monotonic() - began:.0f} s")
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
+        if isinstance(cell, cases.EngineCell):
+            return self._measure_engine(cell)
+        if self._engine_cells is not None:
+            self._engine_cells.leave()
+        return self._measure_kernel(cell)
+
+    def _measure_engine(self, cell: cases.EngineCell) -> dict[str, Any]:
+        # Not before it is needed: it imports all of transformers.
+        from benchmarks.gpu.engine_cells import EngineCells
+
+        if self._engine_cells is None:
+            self._engine_cells = EngineCells(self.device)
+        without = {*self.settings["without"]}
+        if cell.key in self.settings["bare"]:
+            without |= {*cases.MODEL_PEERS}
+        return self._engine_cells.run(cell, without, lambda name: self.say("peer", name=name))
+
+    def _measure_kernel(self, cell: Cell) -> dict[str, Any]:
         from benchmarks.gpu import attention, ceilings, check, moves, peers, tune
 
         if isinstance(cell, cases.Ceiling):
@@ -138,8 +166,17 @@ def facts(device: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
         "triton": triton.__version__,
+        "transformers": _version("transformers"),
         "python": sys.version.split()[0],
     }
+
+
+def _version(name: str) -> str | None:
+    """Of an installed package, without importing it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from control_plane.cli import tether
+from protos import tether
 
 _LOG_HEAD = re.compile(r"^\d{4}-\S+ \S+ [A-Z]+ \S+: ")
 _PERCENT = re.compile(r"(\d+) %$")

@@ -24,6 +24,9 @@ def engines_table(engines: list[Row]) -> Table:
         state = Text(row["state"], style=_STATE_STYLES.get(row["state"], ""))
         if row["state"] == "followed" and row["leader_address"]:
             state.append(f"\n{row['leader_address']}", style="dim")
+        if row["last_failure"]:
+            when = _duration(row["last_failure_age_seconds"])
+            state.append(f"\nlost {when}: {row['last_failure']}", style="dim")
         blocks = [f"{row[f'{kind}_block_count']:,} {kind}" for kind in ("used", "cached", "free")]
         sequences = [
             f"{row['running_sequence_count']:,} running",

@@ -24,41 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotos/admin/v1/admin.proto\x12\x0equire.admin.v1\";\n\x12ListEnginesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x13ListEnginesResponse\x12\'\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x16.quire.admin.v1.Engine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x99\x04\n\x06\x45ngine\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.quire.admin.v1.EngineState\x12\r\n\x05model\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x19\n\x11\x62lock_size_tokens\x18\x07 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x08 \x01(\x05\x12\x18\n\x10\x66ree_block_count\x18\t \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_block_count\x18\n \x01(\x05\x12\x18\n\x10used_block_count\x18\x0b \x01(\x05\x12\x1e\n\x16running_sequence_count\x18\x0c \x01(\x05\x12\x1d\n\x15waiting_request_count\x18\r \x01(\x05\x12\x0c\n\x04step\x18\x0e \x01(\x04\x12\x1e\n\x16prefix_hit_token_count\x18\x0f \x01(\x04\x12 \n\x18prefix_query_token_count\x18\x10 \x01(\x04\x12\x18\n\x10preemption_count\x18\x11 \x01(\x04\x12\x16\n\x0eleader_address\x18\x12 \x01(\t\x12\x18\n\x10host_block_count\x18\x13 \x01(\x05\x12\x1d\n\x15used_host_block_count\x18\x14 \x01(\x05\x12\x12\n\nswap_count\x18\x15 \x01(\x04\"P\n\x14ListSequencesRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"]\n\x15ListSequencesResponse\x12+\n\tsequences\x18\x01 \x03(\x0b\x32\x18.quire.admin.v1.Sequence\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf8\x01\n\x08Sequence\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06sample\x18\x03 \x01(\x05\x12,\n\x05state\x18\x04 \x01(\x0e\x32\x1d.quire.admin.v1.SequenceState\x12\x0c\n\x04slot\x18\x05 \x01(\x05\x12\x1a\n\x12prompt_token_count\x18\x06 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x07 \x01(\x05\x12\x1a\n\x12output_token_count\x18\x08 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\t \x01(\x05\x12\x10\n\x08priority\x18\n \x01(\x05\"M\n\x14GetBlockTableRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06sample\x18\x03 \x01(\x05\"C\n\x15GetBlockTableResponse\x12*\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1a.quire.admin.v1.BlockEntry\"L\n\nBlockEntry\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\x05\x12\x17\n\x0freference_count\x18\x02 \x01(\x05\x12\x13\n\x0bprefix_hash\x18\x03 \x01(\x0c\"O\n\x13ListPrefixesRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x14ListPrefixesResponse\x12(\n\x08prefixes\x18\x01 \x03(\x0b\x32\x16.quire.admin.v1.Prefix\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xb4\x01\n\x06Prefix\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x13\n\x0bprefix_hash\x18\x02 \x01(\x0c\x12\x13\n\x0btoken_count\x18\x03 \x01(\x05\x12\x17\n\x0freference_count\x18\x04 \x01(\x05\x12\x11\n\thit_count\x18\x05 \x01(\x04\x12\x19\n\x11saved_token_count\x18\x06 \x01(\x04\x12\x14\n\x0cidle_seconds\x18\x07 \x01(\x01\x12\x10\n\x08resident\x18\x08 \x01(\x08*y\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45NGINE_STATE_CONNECTING\x10\x01\x12\x14\n\x10\x45NGINE_STATE_LED\x10\x02\x12\x19\n\x15\x45NGINE_STATE_FOLLOWED\x10\x03*\x9e\x01\n\rSequenceState\x12\x1e\n\x1aSEQUENCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEQUENCE_STATE_WAITING\x10\x01\x12\x1a\n\x16SEQUENCE_STATE_PREFILL\x10\x02\x12\x19\n\x15SEQUENCE_STATE_DECODE\x10\x03\x12\x1a\n\x16SEQUENCE_STATE_SWAPPED\x10\x04\x32\xfd\x02\n\x0c\x41\x64minService\x12V\n\x0bListEngines\x12\".quire.admin.v1.ListEnginesRequest\x1a#.quire.admin.v1.ListEnginesResponse\x12\\\n\rListSequences\x12$.quire.admin.v1.ListSequencesRequest\x1a%.quire.admin.v1.ListSequencesResponse\x12\\\n\rGetBlockTable\x12$.quire.admin.v1.GetBlockTableRequest\x1a%.quire.admin.v1.GetBlockTableResponse\x12Y\n\x0cListPrefixes\x12#.quire.admin.v1.ListPrefixesRequest\x1a$.quire.admin.v1.ListPrefixesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotos/admin/v1/admin.proto\x12\x0equire.admin.v1\";\n\x12ListEnginesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x13ListEnginesResponse\x12\'\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x16.quire.admin.v1.Engine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd1\x04\n\x06\x45ngine\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.quire.admin.v1.EngineState\x12\r\n\x05model\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x19\n\x11\x62lock_size_tokens\x18\x07 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x08 \x01(\x05\x12\x18\n\x10\x66ree_block_count\x18\t \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_block_count\x18\n \x01(\x05\x12\x18\n\x10used_block_count\x18\x0b \x01(\x05\x12\x1e\n\x16running_sequence_count\x18\x0c \x01(\x05\x12\x1d\n\x15waiting_request_count\x18\r \x01(\x05\x12\x0c\n\x04step\x18\x0e \x01(\x04\x12\x1e\n\x16prefix_hit_token_count\x18\x0f \x01(\x04\x12 \n\x18prefix_query_token_count\x18\x10 \x01(\x04\x12\x18\n\x10preemption_count\x18\x11 \x01(\x04\x12\x16\n\x0eleader_address\x18\x12 \x01(\t\x12\x18\n\x10host_block_count\x18\x13 \x01(\x05\x12\x1d\n\x15used_host_block_count\x18\x14 \x01(\x05\x12\x12\n\nswap_count\x18\x15 \x01(\x04\x12\x14\n\x0clast_failure\x18\x16 \x01(\t\x12 \n\x18last_failure_age_seconds\x18\x17 \x01(\x01\"P\n\x14ListSequencesRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"]\n\x15ListSequencesResponse\x12+\n\tsequences\x18\x01 \x03(\x0b\x32\x18.quire.admin.v1.Sequence\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf8\x01\n\x08Sequence\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06sample\x18\x03 \x01(\x05\x12,\n\x05state\x18\x04 \x01(\x0e\x32\x1d.quire.admin.v1.SequenceState\x12\x0c\n\x04slot\x18\x05 \x01(\x05\x12\x1a\n\x12prompt_token_count\x18\x06 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x07 \x01(\x05\x12\x1a\n\x12output_token_count\x18\x08 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\t \x01(\x05\x12\x10\n\x08priority\x18\n \x01(\x05\"M\n\x14GetBlockTableRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06sample\x18\x03 \x01(\x05\"C\n\x15GetBlockTableResponse\x12*\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1a.quire.admin.v1.BlockEntry\"L\n\nBlockEntry\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\x05\x12\x17\n\x0freference_count\x18\x02 \x01(\x05\x12\x13\n\x0bprefix_hash\x18\x03 \x01(\x0c\"O\n\x13ListPrefixesRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x14ListPrefixesResponse\x12(\n\x08prefixes\x18\x01 \x03(\x0b\x32\x16.quire.admin.v1.Prefix\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xb4\x01\n\x06Prefix\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x13\n\x0bprefix_hash\x18\x02 \x01(\x0c\x12\x13\n\x0btoken_count\x18\x03 \x01(\x05\x12\x17\n\x0freference_count\x18\x04 \x01(\x05\x12\x11\n\thit_count\x18\x05 \x01(\x04\x12\x19\n\x11saved_token_count\x18\x06 \x01(\x04\x12\x14\n\x0cidle_seconds\x18\x07 \x01(\x01\x12\x10\n\x08resident\x18\x08 \x01(\x08*y\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45NGINE_STATE_CONNECTING\x10\x01\x12\x14\n\x10\x45NGINE_STATE_LED\x10\x02\x12\x19\n\x15\x45NGINE_STATE_FOLLOWED\x10\x03*\x9e\x01\n\rSequenceState\x12\x1e\n\x1aSEQUENCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEQUENCE_STATE_WAITING\x10\x01\x12\x1a\n\x16SEQUENCE_STATE_PREFILL\x10\x02\x12\x19\n\x15SEQUENCE_STATE_DECODE\x10\x03\x12\x1a\n\x16SEQUENCE_STATE_SWAPPED\x10\x04\x32\xfd\x02\n\x0c\x41\x64minService\x12V\n\x0bListEngines\x12\".quire.admin.v1.ListEnginesRequest\x1a#.quire.admin.v1.ListEnginesResponse\x12\\\n\rListSequences\x12$.quire.admin.v1.ListSequencesRequest\x1a%.quire.admin.v1.ListSequencesResponse\x12\\\n\rGetBlockTable\x12$.quire.admin.v1.GetBlockTableRequest\x1a%.quire.admin.v1.GetBlockTableResponse\x12Y\n\x0cListPrefixes\x12#.quire.admin.v1.ListPrefixesRequest\x1a$.quire.admin.v1.ListPrefixesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.admin.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINESTATE']._serialized_start=1746
-  _globals['_ENGINESTATE']._serialized_end=1867
-  _globals['_SEQUENCESTATE']._serialized_start=1870
-  _globals['_SEQUENCESTATE']._serialized_end=2028
+  _globals['_ENGINESTATE']._serialized_start=1802
+  _globals['_ENGINESTATE']._serialized_end=1923
+  _globals['_SEQUENCESTATE']._serialized_start=1926
+  _globals['_SEQUENCESTATE']._serialized_end=2084
   _globals['_LISTENGINESREQUEST']._serialized_start=47
   _globals['_LISTENGINESREQUEST']._serialized_end=106
   _globals['_LISTENGINESRESPONSE']._serialized_start=108
   _globals['_LISTENGINESRESPONSE']._serialized_end=195
   _globals['_ENGINE']._serialized_start=198
-  _globals['_ENGINE']._serialized_end=735
-  _globals['_LISTSEQUENCESREQUEST']._serialized_start=737
-  _globals['_LISTSEQUENCESREQUEST']._serialized_end=817
-  _globals['_LISTSEQUENCESRESPONSE']._serialized_start=819
-  _globals['_LISTSEQUENCESRESPONSE']._serialized_end=912
-  _globals['_SEQUENCE']._serialized_start=915
-  _globals['_SEQUENCE']._serialized_end=1163
-  _globals['_GETBLOCKTABLEREQUEST']._serialized_start=1165
-  _globals['_GETBLOCKTABLEREQUEST']._serialized_end=1242
-  _globals['_GETBLOCKTABLERESPONSE']._serialized_start=1244
-  _globals['_GETBLOCKTABLERESPONSE']._serialized_end=1311
-  _globals['_BLOCKENTRY']._serialized_start=1313
-  _globals['_BLOCKENTRY']._serialized_end=1389
-  _globals['_LISTPREFIXESREQUEST']._serialized_start=1391
-  _globals['_LISTPREFIXESREQUEST']._serialized_end=1470
-  _globals['_LISTPREFIXESRESPONSE']._serialized_start=1472
-  _globals['_LISTPREFIXESRESPONSE']._serialized_end=1561
-  _globals['_PREFIX']._serialized_start=1564
-  _globals['_PREFIX']._serialized_end=1744
-  _globals['_ADMINSERVICE']._serialized_start=2031
-  _globals['_ADMINSERVICE']._serialized_end=2412
+  _globals['_ENGINE']._serialized_end=791
+  _globals['_LISTSEQUENCESREQUEST']._serialized_start=793
+  _globals['_LISTSEQUENCESREQUEST']._serialized_end=873
+  _globals['_LISTSEQUENCESRESPONSE']._serialized_start=875
+  _globals['_LISTSEQUENCESRESPONSE']._serialized_end=968
+  _globals['_SEQUENCE']._serialized_start=971
+  _globals['_SEQUENCE']._serialized_end=1219
+  _globals['_GETBLOCKTABLEREQUEST']._serialized_start=1221
+  _globals['_GETBLOCKTABLEREQUEST']._serialized_end=1298
+  _globals['_GETBLOCKTABLERESPONSE']._serialized_start=1300
+  _globals['_GETBLOCKTABLERESPONSE']._serialized_end=1367
+  _globals['_BLOCKENTRY']._serialized_start=1369
+  _globals['_BLOCKENTRY']._serialized_end=1445
+  _globals['_LISTPREFIXESREQUEST']._serialized_start=1447
+  _globals['_LISTPREFIXESREQUEST']._serialized_end=1526
+  _globals['_LISTPREFIXESRESPONSE']._serialized_start=1528
+  _globals['_LISTPREFIXESRESPONSE']._serialized_end=1617
+  _globals['_PREFIX']._serialized_start=1620
+  _globals['_PREFIX']._serialized_end=1800
+  _globals['_ADMINSERVICE']._serialized_start=2087
+  _globals['_ADMINSERVICE']._serialized_end=2468
 # @@protoc_insertion_point(module_scope)

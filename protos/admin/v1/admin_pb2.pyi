@@ -48,7 +48,7 @@ class ListEnginesResponse(_message.Message):
     def __init__(self, engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class Engine(_message.Message):
-    __slots__ = ("engine_id", "address", "state", "model", "incarnation", "epoch", "block_size_tokens", "block_count", "free_block_count", "cached_block_count", "used_block_count", "running_sequence_count", "waiting_request_count", "step", "prefix_hit_token_count", "prefix_query_token_count", "preemption_count", "leader_address", "host_block_count", "used_host_block_count", "swap_count")
+    __slots__ = ("engine_id", "address", "state", "model", "incarnation", "epoch", "block_size_tokens", "block_count", "free_block_count", "cached_block_count", "used_block_count", "running_sequence_count", "waiting_request_count", "step", "prefix_hit_token_count", "prefix_query_token_count", "preemption_count", "leader_address", "host_block_count", "used_host_block_count", "swap_count", "last_failure", "last_failure_age_seconds")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,8 @@ class Engine(_message.Message):
     HOST_BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
     USED_HOST_BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
     SWAP_COUNT_FIELD_NUMBER: _ClassVar[int]
+    LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
+    LAST_FAILURE_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     address: str
     state: EngineState
@@ -91,7 +93,9 @@ class Engine(_message.Message):
     host_block_count: int
     used_host_block_count: int
     swap_count: int
-    def __init__(self, engine_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[_Union[EngineState, str]] = ..., model: _Optional[str] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., block_count: _Optional[int] = ..., free_block_count: _Optional[int] = ..., cached_block_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., running_sequence_count: _Optional[int] = ..., waiting_request_count: _Optional[int] = ..., step: _Optional[int] = ..., prefix_hit_token_count: _Optional[int] = ..., prefix_query_token_count: _Optional[int] = ..., preemption_count: _Optional[int] = ..., leader_address: _Optional[str] = ..., host_block_count: _Optional[int] = ..., used_host_block_count: _Optional[int] = ..., swap_count: _Optional[int] = ...) -> None: ...
+    last_failure: str
+    last_failure_age_seconds: float
+    def __init__(self, engine_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[_Union[EngineState, str]] = ..., model: _Optional[str] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., block_count: _Optional[int] = ..., free_block_count: _Optional[int] = ..., cached_block_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., running_sequence_count: _Optional[int] = ..., waiting_request_count: _Optional[int] = ..., step: _Optional[int] = ..., prefix_hit_token_count: _Optional[int] = ..., prefix_query_token_count: _Optional[int] = ..., preemption_count: _Optional[int] = ..., leader_address: _Optional[str] = ..., host_block_count: _Optional[int] = ..., used_host_block_count: _Optional[int] = ..., swap_count: _Optional[int] = ..., last_failure: _Optional[str] = ..., last_failure_age_seconds: _Optional[float] = ...) -> None: ...
 
 class ListSequencesRequest(_message.Message):
     __slots__ = ("engine_id", "page_size", "page_token")

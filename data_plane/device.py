@@ -1,0 +1,222 @@
+"""What the step path needs of a device: columns to it, results from it, order, time, graphs.
+
+The rest of the engine is the same on a CPU and on a GPU. On a GPU everything here is asynchronous:
+the host prepares a step while the one before it is computed, and waits in one place only, where the
+results of a step are fetched. On a CPU the same calls are done at once, so that the whole path is
+tested there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kernels import upload
+
+Array = npt.NDArray[np.generic]
+
+
+class Fetch(Protocol):
+    """Values on their way to the host."""
+
+    def wait(self) -> list[Array]:
+        """The values, as host arrays; the one place where a step is waited for."""
+        ...
+
+
+class Device(Protocol):
+    """A place where steps run, in the order in which they are given."""
+
+    torch_device: torch.device
+    # Whether a step is on its way when it has been launched, or done.
+    asynchronous: bool
+
+    def send(self, array: Array) -> Tensor:
+        """Brings a host array to the device; it must not be changed before the step is done."""
+        ...
+
+    def fetch(self, values: Sequence[Tensor]) -> Fetch:
+        """Begins to bring values to the host."""
+        ...
+
+    def moving(self) -> Any:
+        """Context in which blocks are copied beside what is computed, after all before it."""
+        ...
+
+    def await_moves(self) -> None:
+        """What is computed from here on comes after all moves so far."""
+        ...
+
+    def mark(self) -> Any:
+        """A moment in the device's work, for `elapsed_us`."""
+        ...
+
+    def elapsed_us(self, first: Any, second: Any) -> int:
+        """Microseconds between two marks, which must have been passed."""
+        ...
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device's memory that are free, and in all."""
+        ...
+
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        """Bytes that `run` takes on top of what is allocated; none of them stays allocated."""
+        ...
+
+    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Returns what repeats `run` on the same memory; the result is overwritten each time."""
+        ...
+
+
+def device_of(device: torch.device) -> Device:
+    return CudaDevice(device) if device.type == "cuda" else CpuDevice()
+
+
+class CpuDevice:
+    """Everything at once, nothing copied."""
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self.asynchronous = False
+
+    def send(self, array: Array) -> Tensor:
+        return _tensor(array)
+
+    def fetch(self, values: Sequence[Tensor]) -> Fetch:
+        return _Fetched([value.numpy() for value in values])
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        yield
+
+    def await_moves(self) -> None:
+        pass
+
+    def mark(self) -> int:
+        return time.perf_counter_ns()
+
+    def elapsed_us(self, first: int, second: int) -> int:
+        return (second - first) // 1000
+
+    def memory(self) -> tuple[int, int]:
+        """Those of the machine: other processes need some, so an engine is told how much it has."""
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
+
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        """Not known: torch does not count what it allocates on a CPU."""
+        run()
+        return 0
+
+    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return run
+
+
+class _Fetched:
+    def __init__(self, values: list[Array]) -> None:
+        self._values = values
+
+    def wait(self) -> list[Array]:
+        return self._values
+
+
+class CudaDevice:
+    """Three streams: what is computed, block moves beside it, and results on their way back.
+
+    Columns and results pass through pinned memory of torch's own allocator, which hands a piece out
+    again when the stream that used it is past it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch_device = device
+        self.asynchronous = True
+        self._moves = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._results = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool: Any = None
+
+    def send(self, array: Array) -> Tensor:
+        return upload(_tensor(array), self.torch_device)
+
+    def fetch(self, values: Sequence[Tensor]) -> Fetch:
+        self._results.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.cuda.stream(self._results):
+            copies = []
+            for value in values:
+                value.record_stream(self._results)
+                copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+                copies.append(copy.copy_(value, non_blocking=True))
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._results)
+        return _Pinned(copies, done)
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        self._moves.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.cuda.stream(self._moves):
+            yield
+
+    def await_moves(self) -> None:
+        torch.cuda.current_stream(self.torch_device).wait_stream(self._moves)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return event
+
+    def elapsed_us(self, first: torch.cuda.Event, second: torch.cuda.Event) -> int:
+        return int(first.elapsed_time(second) * 1000)
+
+    def memory(self) -> tuple[int, int]:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.torch_device)
+
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        torch.cuda.synchronize(self.torch_device)
+        before = torch.cuda.memory_allocated(self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        run()
+        torch.cuda.synchronize(self.torch_device)
+        return torch.cuda.max_memory_allocated(self.torch_device) - before
+
+    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Captures into memory that all graphs share: capture the largest one first."""
+        stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.cuda.stream(stream):
+            # Compiles kernels and settles libraries, neither of which a capture allows.
+            run()
+        torch.cuda.current_stream(self.torch_device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+        self._pool = self._pool or graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+def _tensor(array: Array) -> Tensor:
+    """A tensor over an array's memory, or over a copy where that may not be written."""
+    if not array.flags.writeable:
+        array = array.copy()
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+class _Pinned:
+    def __init__(self, copies: list[Tensor], done: torch.cuda.Event) -> None:
+        self._copies, self._done = copies, done
+
+    def wait(self) -> list[Array]:
+        self._done.synchronize()
+        return [copy.numpy() for copy in self._copies]

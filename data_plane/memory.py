@@ -1,0 +1,78 @@
+"""How much of a device's memory the KV cache gets: what nothing else will ever need.
+
+Measured once, after the weights are there: a step as large as steps can be, run over a small cache,
+says what steps take for themselves. The cache gets the rest of a share of the whole, is allocated
+at once, and nothing grows after that.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from data_plane.device import Device
+from data_plane.kv_cache import KVCache
+from data_plane.kv_scales import KVScales, cache_dtype
+from data_plane.model import Model
+from data_plane.sampler import CHUNK_ELEMENTS
+from kernels import AttentionBatch
+
+# What the sampler has of a chunk of logits at a time: some float64 and int64 tensors.
+_SAMPLER_BYTES = 5 * 8 * CHUNK_ELEMENTS
+# What a captured graph takes beside the tensors that all graphs share.
+_GRAPH_BYTES = 8 << 20
+
+
+def cache_bytes(
+    model: Model,
+    device: Device,
+    *,
+    share: float,
+    block_size: int,
+    step_tokens: int,
+    slot_count: int,
+    graph_count: int,
+    scales: KVScales | None = None,
+) -> int:
+    """Returns the bytes that the KV cache may take, at least 0.
+
+    Args:
+        share: of the device's memory, what this process may use in all, in (0, 1].
+    """
+    free, total = device.memory()
+    largest = _step_bytes(model, device, block_size, step_tokens, slot_count, scales)
+    decode = _step_bytes(model, device, block_size, slot_count, slot_count, scales)
+    graphs = decode + graph_count * _GRAPH_BYTES if graph_count else 0
+    used = total - free
+    return max(int(share * total) - used - largest - graphs - _SAMPLER_BYTES, 0)
+
+
+def _step_bytes(
+    model: Model,
+    device: Device,
+    block_size: int,
+    tokens: int,
+    rows: int,
+    scales: KVScales | None,
+) -> int:
+    """Bytes that a forward pass over so many tokens takes beside weights and cache."""
+    facts, place = model.facts, device.torch_device
+    length = min(tokens, facts.max_model_length)
+    blocks = -(-length // block_size)
+    dtype = cache_dtype(facts.dtype, scales)
+    geometry = (facts.local_kv_head_count, block_size, facts.head_size, dtype, place)
+    cache = KVCache(facts.layer_count, blocks, 0, *geometry, scales)
+    # Sequences that share one table: nobody reads what they compute.
+    starts = torch.arange(0, tokens + length, length).clamp(max=tokens).to(torch.int32)
+    count = len(starts) - 1
+    positions = torch.arange(tokens) % length
+    batch = AttentionBatch.build(
+        starts,
+        starts.diff(),
+        torch.arange(blocks, dtype=torch.int32).repeat(count, 1),
+        torch.where(torch.arange(tokens) < length, positions, -1),
+        0,
+        device=place,
+    )
+    at = positions.to(place)
+    wanted = torch.arange(min(rows, tokens), device=place)
+    return device.peak_bytes(lambda: model.forward(torch.zeros_like(at), at, batch, cache, wanted))

@@ -1,0 +1,334 @@
+"""One engine of several processes, its ranks: how they meet, and how the loss of one is noticed.
+
+Rank 0 has the engine API. It tells every other rank over a link what to do and does the same
+itself, so that all hold the same state; on the way of a step nothing waits for an answer. A rank
+that ends, whatever ended it, ends the engine: what it held is part of every layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
+
+from data_plane.rank_link import SECRET_BYTES, Hello, Kind, Link, LinkEnded, listen
+from protos import tether
+
+log = logging.getLogger(__name__)
+
+EXIT_BAD_MODEL = 2
+# The device worker failed: its memory cannot be trusted, a fresh process can.
+EXIT_WORKER_FAILED = 70
+# Another rank ended under this one.
+EXIT_RANK_LOST = 71
+
+# For all ranks to come, and to load: the nodes of a group may start minutes apart.
+START_SECONDS = 600.0
+# A death makes the other ranks' collectives fail at almost the same time: whoever hears of one
+# such thing waits so long for the rest, to tell the cause from what follows from it.
+SETTLE_SECONDS = 0.25
+_POLL_SECONDS = 0.1
+_LOOPBACK = "127.0.0.1"
+_MEETING = "quire/links"
+_PLACE_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Why an engine cannot go on, in a sentence, and the exit status that says so."""
+
+    sentence: str
+    status: int = EXIT_RANK_LOST
+
+
+class RankLost(Exception):
+    """The ranks of an engine did not all come, or one has gone."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(loss.sentence)
+        self.loss = loss
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process stands among the ranks of its engine.
+
+    Attributes:
+        local_rank: among those on its machine, of which there are `local_size`.
+        host, port: of the store where they meet; port 0: rank 0 starts the others and opens it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    host: str = _LOOPBACK
+    port: int = 0
+
+    @classmethod
+    def of(cls, wanted: int | None, environment: Mapping[str, str]) -> Self:
+        """Takes the place that the variables of torchrun name, or else that of rank 0.
+
+        Args:
+            wanted: the number of ranks that was asked for, if one was.
+
+        Raises:
+            ValueError: the variables contradict each other, or what was asked for.
+        """
+        if "RANK" not in environment and "WORLD_SIZE" not in environment:
+            return cls(size=wanted or 1, local_size=wanted or 1)
+        for name in _PLACE_VARIABLES:
+            if name not in environment:
+                together = ", ".join(_PLACE_VARIABLES)
+                raise ValueError(f"{together} belong together, and {name} is not set")
+        rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+        if wanted not in (None, size):
+            raise ValueError(f"WORLD_SIZE is {size} where tensor-parallel is {wanted}")
+        if not 0 <= rank < size:
+            raise ValueError(f"RANK is {rank}, which is none of {size} ranks")
+        return cls(
+            rank,
+            size,
+            _number(environment, "LOCAL_RANK", "0"),
+            _number(environment, "LOCAL_WORLD_SIZE", "1"),
+            environment["MASTER_ADDR"],
+            _number(environment, "MASTER_PORT"),
+        )
+
+    def device(self, wanted: str) -> torch.device:
+        """Raises ValueError: there is no such device for this rank."""
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(wanted)
+        if self.size == 1 or device.type != "cuda":
+            return device
+        if device.index is not None:
+            raise ValueError(f"device {wanted} is one, where each rank needs its own: say cuda")
+        if self.local_rank >= (count := torch.cuda.device_count()):
+            raise ValueError(f"rank {self.rank} needs device cuda:{self.local_rank} of {count}")
+        return torch.device("cuda", self.local_rank)
+
+
+class Ranks:
+    """The other ranks of an engine, as rank 0 has them: none where it is alone.
+
+    Attributes:
+        store: where a process group is formed; None where rank 0 is alone.
+        lost: done as soon as the engine cannot go on without one of them.
+        asked_to_stop: set when one of them got a signal to end.
+    """
+
+    def __init__(self) -> None:
+        self.store: Store | None = None
+        self.lost: Future[Loss] = Future()
+        self.asked_to_stop = threading.Event()
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._links: dict[int, Link] = {}
+        self._lock = threading.Lock()
+        # What was heard so far. The cause is what has the lowest number, and came first of those:
+        # 0 is a death without a word, 1 a complaint, which may follow from the death of another.
+        self._heard: list[tuple[int, Loss]] = []
+        self._ending = False
+
+    @property
+    def alone(self) -> bool:
+        return not self._links
+
+    @property
+    def in_trouble(self) -> bool:
+        """Whether one has ended or failed, though it may not be settled yet what the cause is."""
+        return bool(self._heard)
+
+    def gather(self, place: Place) -> None:
+        """Starts the other ranks, if nobody else does, and waits until all have a link.
+
+        The calling thread must live as long as the engine: the kernel takes it for their parent.
+
+        Raises:
+            RankLost: one did not come.
+        """
+        if place.size == 1:
+            return
+        try:
+            self.store = store = open_store(place)
+        except dist.DistError as error:
+            raise RankLost(Loss(f"the ranks cannot meet: {error}")) from error
+        secret = secrets.token_bytes(SECRET_BYTES)
+        with listen(place.host) as door:
+            store.set(_MEETING, f"{door.getsockname()[1]} {secret.hex()}")
+            if not place.port:
+                self._children = _start_others(place.size, store.port)
+            self._accept(door, secret, place.size)
+
+    def _accept(self, door: socket.socket, secret: bytes, size: int) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        door.settimeout(_POLL_SECONDS)
+        while len(self._links) < size - 1:
+            for rank, child in self._children.items():
+                if child.poll() is not None and rank not in self._links:
+                    raise RankLost(Loss(f"rank {rank} (process {child.pid}) {_how(child)}"))
+            if self.lost.done():
+                raise RankLost(self.lost.result())
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(1, size)) - set(self._links))
+                raise RankLost(Loss(f"ranks {missing} did not come within {START_SECONDS:g} s"))
+            with suppress(TimeoutError, LinkEnded):
+                link = Link(door.accept()[0])
+                hello = link.hello(secret)
+                if hello.rank in self._links or not 0 < hello.rank < size:
+                    link.close()
+                    continue
+                self._links[hello.rank] = link
+                threading.Thread(
+                    target=self._listen, args=(link, hello), name=f"rank-{hello.rank}", daemon=True
+                ).start()
+
+    def send(self, kind: Kind, payload: bytes = b"") -> None:
+        """Tells all other ranks to do something.
+
+        Raises:
+            LinkEnded: one is gone.
+        """
+        for link in self._links.values():
+            link.send(kind, payload)
+
+    def cause(self) -> Loss | None:
+        """Waits a moment and says what other rank made something fail here, if one did."""
+        try:
+            return self.lost.result(0 if self.alone else 2 * SETTLE_SECONDS)
+        except TimeoutError:
+            return None
+
+    def stop(self) -> None:
+        """Tells the other ranks to end; what they have been told before they still do."""
+        self._ending = True
+        with suppress(LinkEnded):
+            self.send(Kind.STOP)
+
+    def end(self, seconds: float) -> None:
+        """Waits for the processes that were started here to end, and then ends them by force."""
+        self._ending = True
+        deadline = time.monotonic() + seconds
+        for child in self._children.values():
+            try:
+                child.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+    def _listen(self, link: Link, hello: Hello) -> None:
+        """Hears what a rank says until it is gone; in a thread of its own."""
+        child = self._children.get(hello.rank)
+        where = f"process {hello.process_id}" + (f" on {hello.host}" if child is None else "")
+        name, complained = f"rank {hello.rank} ({where})", False
+        try:
+            while True:
+                frame = link.receive()
+                if frame is None:
+                    continue
+                if frame[0] is Kind.STOP:
+                    self.asked_to_stop.set()
+                    continue
+                kind, sentence = frame[0], frame[1].decode(errors="replace")
+                status = EXIT_BAD_MODEL if kind is Kind.REFUSED else EXIT_WORKER_FAILED
+                self._hear(1, Loss(f"{name}: {sentence}", status))
+                complained = True
+        except LinkEnded:
+            if not (self._ending or complained):
+                how = "is gone, and its link has ended" if child is None else _how(child)
+                self._hear(0, Loss(f"{name} {how}"))
+
+    def _hear(self, order: int, loss: Loss) -> None:
+        with self._lock:
+            self._heard.append((order, loss))
+            if len(self._heard) > 1:
+                return
+        threading.Thread(target=self._settle, name="loss", daemon=True).start()
+
+    def _settle(self) -> None:
+        time.sleep(SETTLE_SECONDS)
+        with self._lock:
+            self.lost.set_result(min(self._heard, key=lambda each: each[0])[1])
+
+
+def open_store(place: Place) -> TCPStore:
+    """Opens the store of rank 0, or one that another process has opened."""
+    timeout = timedelta(seconds=START_SECONDS)
+    if not place.port:
+        # By default a store listens on all interfaces.
+        door = socket.create_server((_LOOPBACK, 0))
+        port = door.getsockname()[1]
+        return TCPStore(
+            _LOOPBACK, port, place.size, True, timeout,
+            wait_for_workers=False, master_listen_fd=door.detach(),
+        )  # fmt: skip
+    # torchrun has opened one for its ranks already, and says so.
+    opens = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return TCPStore(place.host, place.port, place.size, opens, timeout, wait_for_workers=False)
+
+
+def join(place: Place, store: Store) -> Link:
+    """Connects a rank with rank 0.
+
+    Raises:
+        LinkEnded: rank 0 is not there, or no longer.
+    """
+    port, secret = store.get(_MEETING).decode().split()
+    hello = Hello(place.rank, os.getpid(), socket.gethostname())
+    try:
+        return Link.connect(place.host, int(port), bytes.fromhex(secret), hello, START_SECONDS)
+    except OSError as error:
+        raise LinkEnded(str(error)) from error
+
+
+def _start_others(size: int, port: int) -> dict[int, subprocess.Popen[bytes]]:
+    """Starts ranks 1 and up on this machine, as this process was started."""
+    if sys.platform == "linux":
+        # All ranks are here, and what they say is nobody else's business.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    command = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid())]
+    command += [sys.executable, *sys.orig_argv[1:]]
+    children = {}
+    for rank in range(1, size):
+        place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        meeting = {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": port}
+        variables = {name: str(value) for name, value in (place | meeting).items()}
+        # A session of its own keeps the terminal's Ctrl-C away: rank 0 tells them when to end.
+        children[rank] = subprocess.Popen(  # noqa: S603
+            command,
+            env=os.environ | variables,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return children
+
+
+def _how(child: subprocess.Popen[bytes]) -> str:
+    """How a process ended whose end of file has been seen."""
+    try:
+        status = child.wait(SETTLE_SECONDS / 2)
+    except subprocess.TimeoutExpired:
+        return "has closed its link"
+    return f"was ended by signal {-status}" if status < 0 else f"ended with exit status {status}"
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    value = environment.get(name, default)
+    if not (value.isascii() and value.isdigit()):
+        raise ValueError(f"{name} is {value!r}, which is no number")
+    return int(value)

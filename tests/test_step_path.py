@@ -1,0 +1,335 @@
+"""The step path: steps launched ahead of results, buckets, and no wait but where results come back.
+
+The scheduler's plans drive a real engine on a CPU directly, so that a test says itself when a step
+is launched and when it is finished.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from control_plane.beams import BeamFields
+from control_plane.engine_wire import decode_result, encode_plan
+from control_plane.request import Request, SamplingFields, SequenceGroup
+from control_plane.scheduler import Scheduler, SchedulerLimits
+from data_plane.engine import Engine, EngineSizes, Launched
+from data_plane.model import Model, load_model
+from data_plane.plan import decode_plan
+from data_plane.step_runner import default_buckets
+from kernels import AttentionBatch
+from protos.control.v1 import record_pb2
+from protos.engine.v1 import engine_pb2
+from tests.models import tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = EngineSizes(
+    block_size=8, block_count=40, host_block_count=40, slot_count=12, step_tokens=48, max_length=96
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_model(tiny_model("llama", tmp_path_factory.mktemp("llama")), dtype="float32")
+
+
+class Pair:
+    """A scheduler and an engine; up to `depth` steps are launched before one is finished."""
+
+    def __init__(self, model: Model, depth: int, preemption: str = "swap", **engine: Any) -> None:
+        self.engine = Engine(model, SIZES, check=True, **engine)
+        self.engine.capture()
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                "test", SIZES.block_size, SIZES.block_count, SIZES.slot_count, SIZES.max_length,
+                SIZES.step_tokens, 24, host_block_count=SIZES.host_block_count,
+                preemption=preemption,  # type: ignore[arg-type]
+            )
+        )  # fmt: skip
+        self.depth = depth
+        self.output: dict[tuple[str, int], list[int]] = {}
+        self.logprobs: dict[tuple[str, int], list[float]] = {}
+        self.faults: list[str] = []
+        self._launched: deque[Launched] = deque()
+
+    def submit(self, name: str, prompt: list[int], **fields: Any) -> SequenceGroup:
+        record = record_pb2.SequenceRecord(tenant=name).SerializeToString()
+        tokens = np.array(prompt, np.int32)
+        return self.scheduler.submit(Request(name, tokens, record=record, **fields))
+
+    def step(self) -> bool:
+        while len(self._launched) < self.depth and (plan := self.scheduler.schedule()):
+            message = encode_plan(plan, 1).SerializeToString()
+            columns = decode_plan(engine_pb2.StepPlan.FromString(message))
+            self._launched.append(self.engine.launch(columns))
+        if not self._launched:
+            return False
+        result = decode_result(self._launched.popleft().finish())
+        outcome = self.scheduler.apply(result)
+        for sequence, slot, token in zip(
+            outcome.sequences, outcome.slots.tolist(), outcome.token_ids.tolist(), strict=True
+        ):
+            key = (sequence.group.request.request_id, sequence.sample_index)
+            self.output.setdefault(key, []).append(token)
+            if slot in outcome.logprobs:
+                self.logprobs.setdefault(key, []).append(outcome.logprobs[slot].logprob)
+        for group, hypotheses in outcome.hypotheses:
+            for index, hypothesis in enumerate(hypotheses):
+                self.output[group.request.request_id, index] = hypothesis.tokens.tolist()
+        self.faults += [sentence for _, _, sentence in outcome.finished if sentence]
+        return True
+
+    def run(self) -> Pair:
+        for _ in range(3000):
+            if not self.step():
+                return self
+        raise AssertionError("it does not end")
+
+
+def submit_all_kinds(pair: Pair) -> None:
+    """Requests that use everything that a step can do."""
+    rng = np.random.default_rng(3)
+
+    def prompt(length: int) -> list[int]:
+        return rng.integers(5, 100, length).tolist()
+
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"sampling": SamplingFields(temperature=0.8, seed=3)},
+        {"sampling": SamplingFields(temperature=1.0, top_p=0.7, seed=4), "sample_count": 3},
+        {"sampling": SamplingFields(temperature=1.2, top_k=7, min_p=0.02, seed=5)},
+        {"sampling": SamplingFields(repetition_penalty=1.4, presence_penalty=0.5)},
+        {"sampling": SamplingFields(frequency_penalty=0.8, temperature=0.9, seed=6)},
+        {"sampling": SamplingFields(logit_bias={7: 4.0, 9: -100.0}, logprob_count=3)},
+        {"sampling": SamplingFields(prompt_logprob_count=2)},
+        {"stop_ids": tuple(range(5, 30)), "min_tokens": 6},
+        {"beams": BeamFields(3), "sample_count": 2,
+         "sampling": SamplingFields(logprob_count=BeamFields(3).candidate_count(0))},
+    ]  # fmt: skip
+    for index, fields in enumerate(kinds):
+        pair.submit(f"r{index}", prompt(int(rng.integers(3, 40))), max_tokens=14, **fields)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model) -> Pair:
+    """One step after the other, no buckets, memory for all."""
+    pair = Pair(model, depth=1)
+    submit_all_kinds(pair)
+    return pair.run()
+
+
+@pytest.mark.parametrize(
+    ("depth", "preemption", "buckets"),
+    [(2, "swap", ()), (2, "recompute", ()), (2, "swap", (1, 2, 4, 12)), (3, "swap", (8,))],
+)
+def test_steps_ahead_and_buckets_change_no_token(
+    model: Model, alone: Pair, depth: int, preemption: str, buckets: tuple[int, ...]
+) -> None:
+    pair = Pair(model, depth, preemption, buckets=buckets)
+    submit_all_kinds(pair)
+    for _ in range(6):
+        pair.step()
+        for group in pair.scheduler.resident_groups[-1:]:
+            pair.scheduler.preempt(group)
+    pair.run()
+    assert pair.scheduler.totals.preemptions > 3
+    assert pair.output == alone.output and not pair.faults
+    for key, scores in alone.logprobs.items():
+        assert pair.logprobs[key] == pytest.approx(scores, abs=1e-4)
+
+
+def test_a_slot_may_have_another_occupant_before_its_last_result_is_in(model: Model) -> None:
+    """What was sampled for the former one is not written into the row of the next."""
+    pair = Pair(model, depth=2)
+    first = pair.submit("first", [5, 6, 7], max_tokens=50)
+    for _ in range(4):
+        pair.step()
+    engine, scheduler = pair.engine, pair.scheduler
+
+    def launch() -> Launched:
+        plan = scheduler.schedule()
+        assert plan is not None
+        return engine.launch(decode_plan(encode_plan(plan, 1)))
+
+    pair._launched.append(launch())
+    slot = first.sequences[0].slot
+    scheduler.cancel(first)
+    second = pair.submit("second", list(range(20, 50)), max_tokens=3)
+    pair._launched.append(launch())
+    assert second.sequences[0].slot == slot
+    tokens = engine.state.tokens[slot, :30].copy()
+    pair.run()
+    assert tokens.tolist() == list(range(20, 50))
+    assert engine.state.tokens[slot, :30].tolist() == list(range(20, 50))
+    other = Pair(model, depth=1)
+    other.submit("second", list(range(20, 50)), max_tokens=3)
+    assert other.run().output["second", 0] == pair.output["second", 0]
+
+
+def test_a_snapshot_waits_for_what_was_launched(model: Model) -> None:
+    pair = Pair(model, depth=2)
+    pair.submit("one", [5, 6, 7], max_tokens=50)
+    for _ in range(5):
+        pair.step()
+    plan = pair.scheduler.schedule()
+    assert plan is not None
+    launched = pair.engine.launch(decode_plan(encode_plan(plan, 1)))
+    count = int(pair.engine.state.token_count.max())
+    (part,) = pair.engine.snapshot()
+    tokens = np.frombuffer(part.token_ids, "<i4")
+    assert len(tokens) == count
+    assert tokens[-1] == np.frombuffer(launched.finish().token_ids, "<i4")[0]
+
+
+def test_decodes_run_in_the_smallest_bucket_that_holds_them(model: Model) -> None:
+    pair = Pair(model, depth=1, buckets=(1, 2, 4))
+    sizes: list[int] = []
+    for size, graph in list(pair.engine.runner._graphs.items()):
+
+        def run(size: int = size, graph: Callable[[], torch.Tensor] = graph) -> torch.Tensor:
+            sizes.append(size)
+            return graph()
+
+        pair.engine.runner._graphs[size] = run
+    for index, length in enumerate((4, 8, 12)):
+        pair.submit(f"r{index}", [5, 6, 7], max_tokens=length)
+    pair.run()
+    # Three decode together, then two, then one.
+    assert sizes == sorted(sizes, reverse=True) and set(sizes) == {4, 2, 1}
+
+
+def test_the_largest_bucket_holds_every_slot_up_to_256() -> None:
+    assert default_buckets(1) == [1]
+    assert default_buckets(12) == [1, 2, 4, 8, 12]
+    for slots in (64, 100, 256, 1000):
+        buckets = default_buckets(slots)
+        assert buckets == sorted(set(buckets)) and buckets[-1] == min(slots, 256)
+
+
+# Nothing waits for the device.
+
+# The modules that handle tensors between a plan and its result.
+STEP_PATH = ("engine", "step_runner", "sampler", "token_table", "device")
+# What makes the host wait for a value, or for a shape that depends on one.
+WAITING = {"item", "cpu", "tolist", "numpy", "nonzero", "masked_select", "unique", "synchronize"}
+# NumPy's own, on arrays that are on the host already; and where results are fetched.
+ALLOWED = {
+    "token_table.py": {"tolist"},
+    "sampler.py": {"tolist"},
+    "device.py": {"numpy", "synchronize"},
+}
+
+
+@pytest.mark.parametrize("name", STEP_PATH)
+def test_the_step_path_asks_the_device_for_no_value(name: str) -> None:
+    path = ROOT / f"data_plane/{name}.py"
+    tree = ast.parse(path.read_text())
+    calls = {
+        node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert calls & WAITING <= ALLOWED.get(path.name, set())
+
+
+class NoWaiting(TorchFunctionMode):
+    """Fails where torch would wait for a device, if the tensors were on one."""
+
+    FORBIDDEN = WAITING | {"__bool__", "__int__", "__float__", "__index__", "__contains__", "any"}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.FORBIDDEN - {"any"}:
+            raise AssertionError(f"{name} waits for the device")
+        if name in ("__getitem__", "__setitem__", "index_put_"):
+            for index in _flat(args[1:2]):
+                if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+                    raise AssertionError(f"{name} with a mask waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+@contextmanager
+def _models_excused(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The model and the torch kernels under it run on a CPU only, where nothing waits."""
+    forward = model.forward
+
+    def excused(*arguments: Any) -> torch.Tensor:
+        with torch._C.DisableTorchFunction():
+            return forward(*arguments)
+
+    monkeypatch.setattr(model, "forward", excused)
+    yield
+
+
+@pytest.mark.parametrize("buckets", [(), (1, 4, 12)])
+def test_no_kind_of_request_makes_the_host_wait(
+    model: Model, monkeypatch: pytest.MonkeyPatch, buckets: tuple[int, ...]
+) -> None:
+    pair = Pair(model, depth=2, buckets=buckets)
+    submit_all_kinds(pair)
+    launch = pair.engine.launch
+    fetch = pair.engine.device.fetch
+
+    def fetched(values: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return fetch(values)
+
+    def watched(plan: Any, queued_us: int = 0) -> Launched:
+        with NoWaiting():
+            return launch(plan, queued_us)
+
+    monkeypatch.setattr(pair.engine, "launch", watched)
+    monkeypatch.setattr(pair.engine.device, "fetch", fetched)
+    # These look at ids that are in host memory, and bring them to the device by themselves.
+    cache = pair.engine.cache
+    for name in ("swap_out", "swap_in", "copy_blocks"):
+        monkeypatch.setattr(cache, name, _unwatched(getattr(cache, name)))
+    monkeypatch.setattr(AttentionBatch, "build", _unwatched(AttentionBatch.build))
+    with _models_excused(model, monkeypatch):
+        for _ in range(5):
+            pair.step()
+            for group in pair.scheduler.resident_groups[-1:]:
+                pair.scheduler.preempt(group)
+        pair.run()
+    assert len(pair.output) > 10 and not pair.faults
+
+
+def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*arguments, **named)
+
+    return call
+
+
+def test_the_watch_sees_what_waits() -> None:
+    x = torch.ones(3)
+    for wait in (
+        lambda: x[0].item(),
+        lambda: x.tolist(),
+        lambda: x.numpy(),
+        lambda: x.nonzero(),
+        lambda: x[x > 0],
+        lambda: bool(x[0] > 0),
+    ):
+        with pytest.raises(AssertionError, match="waits"), NoWaiting():
+            wait()
