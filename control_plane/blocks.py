@@ -56,7 +56,7 @@ class BlockPool:
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._cached = EvictionOrder(tenant_quota)
-        self._pins: set[bytes] = set()
+        self._pins: dict[bytes, None] = {}
         self._pinned = np.zeros(block_count, np.bool_)
         self._first_place = np.zeros(block_count, np.int32)
         self._announced: dict[int, bytes] = {}
@@ -137,6 +137,13 @@ class BlockPool:
         unused = (self.reference_counts[blocks] == 0) & ~self._pinned[blocks]
         return int(np.count_nonzero(unused))
 
+    def holds(self, digest: bytes) -> bool:
+        return digest in self._block_of
+
+    def assign(self, block: int, tenant: str) -> None:
+        """Says whose a referenced block is, where its hash was found and not published."""
+        self._cached.assign(block, tenant)
+
     def block_of(self, digest: bytes) -> int | None:
         return self._block_of.get(digest)
 
@@ -168,6 +175,18 @@ class BlockPool:
             self._drop_hash(block)
             self._announced[block] = NO_HASH
 
+    def forget_hashes(self, digests: Iterable[bytes]) -> None:
+        """Takes hashes back as `forget` does, wherever the blocks are that have them by now."""
+        for digest in digests:
+            block = self._block_of.get(digest)
+            if block is None:
+                continue
+            if not self.reference_counts[block]:
+                self._cached.discard(block)
+                self._push_free(np.array([block], np.int32))
+            self._drop_hash(block)
+            self._announced[block] = NO_HASH
+
     def restore(self, reference_counts: Int32Array, hashes: dict[int, bytes]) -> None:
         """Sets a fresh pool to what an engine holds: references by block, hashes by block."""
         self.reference_counts[:] = reference_counts
@@ -185,14 +204,18 @@ class BlockPool:
     def pin(self, digests: Iterable[bytes]) -> None:
         """Keeps blocks with these hashes, those that get them later included, from being evicted.
 
+        `digests` are chains, each from its beginning.
+
         Raises:
             TooManyPins: they would be more than half of the pool.
         """
-        pins = self._pins.union(digests)
+        fresh = [digest for digest in dict.fromkeys(digests) if digest not in self._pins]
+        pins = {**self._pins, **dict.fromkeys(fresh)}
         most = int(self.block_count * PINNED_SHARE)
         if len(pins) > most:
             raise TooManyPins(f"{len(pins)} blocks; of {self.block_count}, {most} can be pinned")
-        for digest in pins - self._pins:
+        # A chain's last block first, as in the order of eviction.
+        for digest in reversed(fresh):
             block = self._block_of.get(digest)
             if block is not None:
                 self._pinned[block] = True
@@ -200,8 +223,8 @@ class BlockPool:
         self._pins = pins
 
     def unpin(self, digests: Iterable[bytes]) -> None:
-        for digest in self._pins.intersection(digests):
-            self._pins.discard(digest)
+        for digest in reversed([digest for digest in digests if digest in self._pins]):
+            del self._pins[digest]
             block = self._block_of.get(digest)
             if block is not None:
                 self._pinned[block] = False

@@ -23,9 +23,13 @@ class Branching:
         self._ready: list[SequenceGroup] = []
         self._branched: list[SequenceGroup] = []
 
+    def begin_plan(self) -> None:
+        """Forgets whose beams went on with the last plan."""
+        self._branched = []
+
     def branch_all(self, plan: Plan) -> None:
         """Lets every search whose results are in take its next step, unless it is swapped out."""
-        waiting, self._ready, self._branched = self._ready, [], []
+        waiting, self._ready = self._ready, []
         for group in waiting:
             search = group.beams
             if search is None or not search.moves or group.finished:

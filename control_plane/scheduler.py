@@ -33,7 +33,7 @@ from control_plane.plan import Admission, Outcome, Plan, ResidentRow, StepResult
 from control_plane.request import FinishReason, Request, Sequence, SequenceGroup, ended_at
 from control_plane.slots import SlotTable
 from control_plane.swapping import CostModel, SwapSpace
-from control_plane.wait_queue import WaitQueue
+from control_plane.wait_queue import Refusal, WaitQueue
 
 # Token ids that one plan's admissions carry, at most by one prompt more: four megabytes of message.
 ADMITTED_TOKENS = 1 << 20
@@ -142,6 +142,9 @@ class Scheduler:
     def resubmit(self, group: SequenceGroup) -> None:
         """Queues a group that was resident elsewhere; its sequences carry their tokens so far."""
         group.arrival = self._next_arrival()
+        # One that has output was admitted elsewhere, and is not passed here either.
+        prompt = len(group.request.prompt)
+        group.admitted = any(len(sequence.tokens) > prompt for sequence in group.sequences)
         self.queue.push(group)
 
     def check_fits(self, request: Request) -> None:
@@ -182,6 +185,7 @@ class Scheduler:
         plan = Plan(step=self._step + 1)
         sampled: list[int] = []
         self.swap.begin_plan()
+        self._branching.begin_plan()
         if self._unwanted:
             unwanted, self._unwanted = dict.fromkeys(self._unwanted), []
             self._preempt(plan, [group for group in unwanted if self.slots.holds(group)])
@@ -192,6 +196,7 @@ class Scheduler:
         budget = self._chunks(plan, self.limits.step_tokens - len(run), sampled)
         self._admit(plan, budget, sampled)
         if not (plan.token_count or plan.swapped_in or self._in_flight) and self._make_way(plan):
+            self._swap_in(plan)
             self._admit(plan, budget, sampled)
         plan.released, self._released = self._released, []
         plan.hashed = self.pool.take_announced()
@@ -323,6 +328,7 @@ class Scheduler:
             if digest is None:
                 break
             sequence.hashes.append(digest)
+            self.pool.assign(block, sequence.group.request.salt)
         sequence.published = len(sequence.hashes)
 
     def _resume_group(self, group: SequenceGroup) -> None:
@@ -515,15 +521,22 @@ class Scheduler:
         Beams that are back wait for their siblings, and may hold the memory that these, or a group
         before theirs, want.
         """
-        head, last = self.queue.head, self.resident_groups[-1:]
-        if head is None or not last or last[0].order <= head.order:
+        waiting = [self.queue.head, *self.swap.groups[:1]]
+        first = min((group.order for group in waiting if group is not None), default=None)
+        last = self.resident_groups[-1:]
+        if first is None or not last or last[0].order <= first:
             return False
         self._preempt(plan, last)
         return True
 
     def _room(self) -> tuple[int, int, int]:
         """What admission depends on: available blocks, free slots, and who else runs."""
-        return self.pool.available_count, self.slots.free_count, -self.running_count
+        return self.pool.available_count, self.slots.free_count, -self._on_device_count
+
+    @property
+    def _on_device_count(self) -> int:
+        """Sequences that have slots and are not swapped out."""
+        return self.running_count - int(np.count_nonzero(self.slots.swapped))
 
     def _seat_waiting(self, plan: Plan, group: SequenceGroup, sequence: Sequence) -> bool:
         """Admits the first waiting sequence of a group if there is room for it."""
@@ -533,7 +546,7 @@ class Scheduler:
             return False
         if self.slots.free_count < len(group.waiting) + len(group.unforked):
             return False
-        if self.queue.is_hopeless(group, self._room()):
+        if self.queue.is_hopeless(group, self._room(), self.pool.holds):
             return False
         size, length = self.limits.block_size, len(sequence.tokens)
         shared = self._computed_prefix(plan, group, sequence)
@@ -543,7 +556,8 @@ class Scheduler:
         wanted = fresh + self._reserve(group)
         while (lacking := wanted + self.pool.revived_count(shared) - self.pool.available_count) > 0:
             if not self._yield_pinned(group, lacking):
-                self.queue.refuse(group, self._room())
+                missing = next(iter(sequence.hashes[len(shared) :]), None)
+                self.queue.refuse(group, Refusal(self._room(), fresh, missing))
                 return False
         self.pool.share(shared)
         blocks = np.concatenate([shared, self.pool.allocate(fresh)])
@@ -589,7 +603,7 @@ class Scheduler:
 
     def _reserve(self, group: SequenceGroup) -> int:
         """Blocks left to others that decode, or admission would only cause preemption."""
-        running = self.running_count - int(np.count_nonzero(self.slots.swapped))
+        running = self._on_device_count
         if running <= len(group.resident()):
             return 0
         return min(running, -(-self.limits.block_count // 100))
@@ -735,8 +749,10 @@ class Scheduler:
         serials = [*flight.serials[flight.slots == slot].tolist(), flight.chunks.get(slot)]
         if sequence is None or self.slots.serial[slot] not in serials:
             return
-        # Nobody may build on what this sequence computed.
-        if not self.slots.swapped[slot]:
+        # Nobody may build on what this sequence computed, wherever it is by now.
+        if self.slots.swapped[slot]:
+            self.pool.forget_hashes(sequence.hashes[: sequence.published])
+        else:
             self.pool.forget(self.slots.table(slot))
         group = sequence.group
         for failed in group.sequences if group.beams else (sequence, *group.unforked):

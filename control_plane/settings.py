@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     )
     max_waiting_requests: int = Field(1024, ge=1, description="requests in the queue, at most")
     max_waiting_tokens: int = Field(
-        1 << 20, ge=1, description="tokens of requests in the queue, at most; one always may wait"
+        1 << 20, ge=1, description="tokens in the queue from which on it takes no more requests"
     )
     max_waiting_seconds: float = Field(
         0.0, ge=0, description="seconds of a request in the queue, at most; 0: no limit"

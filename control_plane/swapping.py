@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from control_plane.blocks import ONE, BlockPool, Int32Array
 from control_plane.plan import Crossing
@@ -65,11 +66,13 @@ class SwapSpace:
         order = self._slots.order[slots]
         begins = np.flatnonzero(np.append(True, order[1:] != order[:-1]))
         sizes = np.diff(np.append(begins, len(slots)))
-        needs = np.add.reduceat(self._slots.block_count[slots], begins)
-        for at in np.flatnonzero(sizes > 1).tolist():
+        # A group needs at least the longest of its tables; what it shares is counted only where
+        # that fits.
+        needs = np.maximum.reduceat(self._slots.block_count[slots], begins)
+        count = _leading(needs.cumsum() + 2 * sizes + margin <= room)
+        for at in np.flatnonzero(sizes[:count] > 1).tolist():
             needs[at] = len(self.blocks_of(self._slots.owner[slots[begins[at]]].group))
-        fits = needs.cumsum() + 2 * sizes + margin <= room
-        count = len(fits) if fits.all() else int(fits.argmin())
+        count = _leading(needs[:count].cumsum() + 2 * sizes[:count] + margin <= room)
         return slots[: int(sizes[:count].sum())]
 
     def restore(self, tables: list[Int32Array]) -> None:
@@ -99,6 +102,11 @@ class SwapSpace:
         targets = crossed.target_of[fresh]
         target.reference_counts[targets] -= 1
         return Crossing(slots, fresh, targets)
+
+
+def _leading(fits: npt.NDArray[np.bool_]) -> int:
+    """How many are true before the first that is not."""
+    return len(fits) if fits.all() else int(fits.argmin())
 
 
 class _Crossed:

@@ -1,16 +1,16 @@
 """The wait queue of one engine: who may be admitted next, and who may pass whom. Pure.
 
 Groups are admitted by priority, then first come, first served. One that does not fit yet keeps its
-turn, but later ones that do fit may pass it: as long as these are no longer, all together, than it
-is itself. So a long prompt that waits for room neither stops the short ones behind it at once, nor
-is kept waiting by them for ever: its wait is bounded by what is before it, plus as much again as it
-brings. A group that was preempted, or of which a part runs, is not passed by anyone.
+turn, but later ones that do fit may pass it: as long as their prompts are no longer, all together,
+than its own. So a long prompt that waits for room neither stops the short ones behind it at once,
+nor is kept waiting by them for ever; docs/scheduling.md has the bound. A group that was preempted,
+or of which a part runs, is not passed by anyone.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from control_plane.request import Request, Sequence, SequenceGroup
@@ -31,6 +31,21 @@ class QueueFull(Exception):
         self.excess_tokens = excess_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Too little room for a sequence.
+
+    Attributes:
+        room: what there was of everything that it depends on, more being better.
+        fresh: blocks that it has to compute.
+        missing: the first prefix hash that was not in the cache; None where all were.
+    """
+
+    room: tuple[int, ...]
+    fresh: int
+    missing: bytes | None
+
+
 @dataclass(slots=True)
 class _Place:
     """A group's place in the queue.
@@ -38,12 +53,12 @@ class _Place:
     Attributes:
         tokens: of its waiting sequences.
         patience: tokens by which it may still be passed.
-        refused: the room there was when it last found too little.
+        refusal: why it found too little room, when it was last asked.
     """
 
     tokens: int
     patience: int
-    refused: tuple[int, ...] | None = None
+    refusal: Refusal | None = None
 
 
 class WaitQueue:
@@ -75,13 +90,17 @@ class WaitQueue:
         return self._groups[0] if self._groups else None
 
     def check(self, request: Request) -> None:
-        """Raises QueueFull if a new request has no place. An empty queue takes any prompt."""
+        """Raises QueueFull if a new request has no place.
+
+        That is so when what waits has reached a limit; the last one may be of any length.
+        """
         waiting, tokens = len(self._groups), self.tokens
         if waiting >= self._most_requests:
             share = tokens // max(waiting, 1)
             raise QueueFull(f"{waiting} requests wait already", share)
-        excess = tokens + len(request.prompt) - self._most_tokens
-        if waiting and excess > 0:
+        # One that is longer than what is left has to find a place among short ones, too.
+        if tokens >= self._most_tokens:
+            excess = tokens + len(request.prompt) - self._most_tokens
             raise QueueFull(f"{tokens} prompt tokens wait already", excess)
 
     def push(self, group: SequenceGroup) -> None:
@@ -105,7 +124,7 @@ class WaitQueue:
         group.waiting.remove(sequence)
         place = self._places[group]
         place.tokens -= len(sequence.tokens)
-        place.patience, place.refused = 0, None
+        place.patience, place.refusal = 0, None
         self.tokens -= len(sequence.tokens)
         if not group.waiting:
             self.discard(group)
@@ -138,15 +157,22 @@ class WaitQueue:
 
     # What refused a group lately, so that it is not asked again before that has got better.
 
-    def refuse(self, group: SequenceGroup, room: tuple[int, ...]) -> None:
-        self._places[group].refused = room
+    def refuse(self, group: SequenceGroup, refusal: Refusal) -> None:
+        self._places[group].refusal = refusal
 
-    def is_hopeless(self, group: SequenceGroup, room: tuple[int, ...]) -> bool:
+    def is_hopeless(
+        self, group: SequenceGroup, room: tuple[int, ...], holds: Callable[[bytes], bool]
+    ) -> bool:
         """Whether a group was refused before and nothing has got better for it since.
 
         Spares long prompts that wait a lookup of all their hashes in every step.
+
+        Args:
+            room: as in `Refusal`, blocks first.
+            holds: whether a prefix hash is in the cache.
         """
-        refused = self._places[group].refused
-        return refused is not None and all(
-            now <= then for now, then in zip(room, refused, strict=True)
-        )
+        refusal = self._places[group].refusal
+        if refusal is None or (refusal.missing is not None and holds(refusal.missing)):
+            return False
+        no_better = all(now <= then for now, then in zip(room, refusal.room, strict=True))
+        return no_better or room[0] < refusal.fresh

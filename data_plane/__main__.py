@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import signal
@@ -106,6 +107,13 @@ def check_settings(settings: Settings, facts: ModelFacts) -> None:
         )
 
 
+def _decisive(settings: Settings) -> int:
+    """A number for the settings that decide what ranks do together, and in which order."""
+    own = {"model", "listen", "engine_id", "threads", "device", "config", "kv_scales"}
+    text = settings.model_dump_json(exclude=own)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+
 def kv_memory(
     settings: Settings, model: Model, device: Device, scales: KVScales | None, graph_count: int
 ) -> int:
@@ -119,6 +127,7 @@ def kv_memory(
         block_size=settings.block_size,
         step_tokens=settings.max_step_tokens,
         slot_count=settings.max_slots,
+        max_length=settings.max_model_length or model.facts.max_model_length,
         graph_count=graph_count,
         scales=scales,
     )
@@ -141,11 +150,14 @@ def build_engine(
     place = place or Place()
     torch.set_num_threads(settings.threads or max(torch.get_num_threads() // place.local_size, 1))
     device = place.device(settings.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
     group = ALONE
     if store is not None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         group = TensorGroup.join(place.rank, place.size, store, device)
+        if not group.agrees(_decisive(settings)):
+            raise SettingsError("ranks have different settings")
     log.info("loading %s on %s", settings.model, device)
     model = load_model(
         settings.model,
@@ -161,6 +173,8 @@ def build_engine(
         gather = group.gather_columns if group.size > 1 else None
         whole = find_scales(model, settings.model, settings.kv_scales, gather)
         scales = whole.of_rank(group.rank, group.size)
+        if not group.agrees(int(whole.digest[:14], 16)):
+            raise SettingsError("ranks have different kv-scales")
     model.warm_up(scales)
     place_of_steps = device_of(device)
     graphed = settings.graphs and place_of_steps.asynchronous
@@ -320,6 +334,8 @@ def main() -> int:
     ranks, status = Ranks(), EXIT_WORKER_FAILED
     try:
         status = _lead(settings, place, ranks)
+    except Exception:
+        log.critical("the engine cannot be built", exc_info=True)
     finally:
         ranks.end(0 if status else STOP_SECONDS)
     if place.size > 1 or status == EXIT_WORKER_FAILED:

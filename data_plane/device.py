@@ -56,11 +56,15 @@ class Device(Protocol):
         ...
 
     def mark(self) -> Any:
-        """A moment in the device's work, for `elapsed_us`."""
+        """A moment in the work of the present stream, that of moves where they are made."""
+        ...
+
+    def reach(self, mark: Any) -> None:
+        """Waits until the device has passed a mark; on any thread."""
         ...
 
     def elapsed_us(self, first: Any, second: Any) -> int:
-        """Microseconds between two marks, which must have been passed."""
+        """Microseconds between two marks of one stream, which must have been passed."""
         ...
 
     def memory(self) -> tuple[int, int]:
@@ -103,6 +107,9 @@ class CpuDevice:
     def mark(self) -> int:
         return time.perf_counter_ns()
 
+    def reach(self, mark: int) -> None:
+        pass
+
     def elapsed_us(self, first: int, second: int) -> int:
         return (second - first) // 1000
 
@@ -140,6 +147,8 @@ class CudaDevice:
         self.asynchronous = True
         self._moves = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._results = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # One for all captures: libraries keep a workspace for each stream that they see.
+        self._captures = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
 
     def send(self, array: Array) -> Tensor:
@@ -155,7 +164,7 @@ class CudaDevice:
                 copies.append(copy.copy_(value, non_blocking=True))
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._results)
-        return _Pinned(copies, done)
+        return _Pinned(copies, done, self.torch_device)
 
     @contextmanager
     def moving(self) -> Iterator[None]:
@@ -170,6 +179,10 @@ class CudaDevice:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.torch_device))
         return event
+
+    def reach(self, mark: torch.cuda.Event) -> None:
+        with torch.cuda.device(self.torch_device):
+            mark.synchronize()
 
     def elapsed_us(self, first: torch.cuda.Event, second: torch.cuda.Event) -> int:
         return int(first.elapsed_time(second) * 1000)
@@ -188,14 +201,14 @@ class CudaDevice:
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Captures into memory that all graphs share: capture the largest one first."""
-        stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        stream = self._captures
         stream.wait_stream(torch.cuda.current_stream(self.torch_device))
         with torch.cuda.stream(stream):
             # Compiles kernels and settles libraries, neither of which a capture allows.
             run()
         torch.cuda.current_stream(self.torch_device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             result = run()
         self._pool = self._pool or graph.pool()
 
@@ -214,9 +227,11 @@ def _tensor(array: Array) -> Tensor:
 
 
 class _Pinned:
-    def __init__(self, copies: list[Tensor], done: torch.cuda.Event) -> None:
-        self._copies, self._done = copies, done
+    def __init__(self, copies: list[Tensor], done: torch.cuda.Event, device: torch.device) -> None:
+        self._copies, self._done, self._device = copies, done, device
 
     def wait(self) -> list[Array]:
-        self._done.synchronize()
+        # A thread that never chose a device would open the first one.
+        with torch.cuda.device(self._device):
+            self._done.synchronize()
         return [copy.numpy() for copy in self._copies]

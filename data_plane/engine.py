@@ -112,13 +112,12 @@ class Engine:
             PlanError: the plan does not fit the resident state; nothing has changed.
         """
         check_plan(plan, self.state, self.sizes.step_tokens)
-        marks = [self.device.mark()]
         moves = self.state.apply_moves(plan)
         self.tokens.apply(plan, self.state.token_count)
         batch = self.state.lay_out(plan)
-        self._move(moves, batch)
+        moved = self._move(moves, batch)
         self.tokens.copy(plan.fork_parents, plan.fork_children)
-        marks.append(self.device.mark())
+        marks = [self.device.mark()]
         logits = self.runner.run(batch) if len(batch.positions) else None
         marks.append(self.device.mark())
         rows = Rows(
@@ -132,7 +131,9 @@ class Engine:
         marks.append(self.device.mark())
         values = [*draws.values, *(value for scores in prompt for value in scores.values)]
         fetch = self.device.fetch(values)
-        launched = Launched(self, plan, batch, awaited, draws, prompt, fetch, marks, queued_us)
+        launched = Launched(
+            self, plan, batch, awaited, draws, prompt, fetch, moved, marks, queued_us
+        )
         self._launched.append(launched)
         self._count(batch)
         if self._check:
@@ -168,23 +169,29 @@ class Engine:
         if self._launched:
             self._launched.popleft()
 
-    def _move(self, moves: Moves, batch: StepBatch) -> None:
+    def _move(self, moves: Moves, batch: StepBatch) -> list[tuple[Any, Any]]:
         """Copies blocks beside what is computed, which waits only for what it needs.
 
         Blocks that come back from the host are read by a later step; those that went there may be
-        written by this one.
+        written by this one. Returns when moves began and ended.
         """
-        self.device.await_moves()
+        device, spans = self.device, []
+        device.await_moves()
         if len(moves.swap_out[0]) or len(moves.copies[0]):
-            with self.device.moving():
+            with device.moving():
+                began = device.mark()
                 self.cache.swap_out(*moves.swap_out)
                 self.cache.copy_blocks(*moves.copies)
+                spans.append((began, device.mark()))
             written = batch.slot_mapping // self.sizes.block_size
             if len(moves.copies[0]) or np.isin(moves.swap_out[0], written).any():
-                self.device.await_moves()
+                device.await_moves()
         if len(moves.swap_in[0]):
-            with self.device.moving():
+            with device.moving():
+                began = device.mark()
                 self.cache.swap_in(*moves.swap_in)
+                spans.append((began, device.mark()))
+        return spans
 
     def _draw(self, batch: StepBatch, rows: Rows, logits: torch.Tensor | None) -> Draws:
         if logits is None or not len(batch.sampled_slots):
@@ -223,27 +230,40 @@ class Launched:
     draws: Draws
     prompt: list[Scores]
     fetch: Fetch
+    moved: list[tuple[Any, Any]]
     marks: list[Any]
     queued_us: int
     result: engine_pb2.StepResult | None = None
 
+    @property
+    def done(self) -> bool:
+        """Whether it was done as soon as it was launched."""
+        return not self.engine.device.asynchronous
+
     def wait(self) -> None:
-        """Returns when the device has done the step; may be called on any thread."""
+        """Returns when the device has done the step and its moves; on any thread."""
         self.fetch.wait()
+        for _, ended in self.moved:
+            self.engine.device.reach(ended)
 
     def finish(self) -> engine_pb2.StepResult:
         """Waits for the step and returns its result, also when it is asked again."""
         if self.result is None:
             self.engine.forget(self)
+            self.wait()
             values = self.fetch.wait()
             count = len(self.draws.values)
             samples = self.draws.collect(values[:count])
             nothing = np.zeros(0, np.int64)
             prompt = collect_scores(self.prompt, values[count:], nothing)
             self.engine.state.record(self.awaited, samples.token_ids)
-            times = [self.queued_us]
-            for first, second in zip(self.marks[:-1], self.marks[1:], strict=True):
-                times.append(self.engine.device.elapsed_us(first, second))
-            timings = (times[0], times[1], times[2], times[3])
-            self.result = encode_result(self.plan, self.batch, samples, prompt, timings)
+            times = self._timings()
+            self.result = encode_result(self.plan, self.batch, samples, prompt, times)
         return self.result
+
+    def _timings(self) -> tuple[int, int, int, int]:
+        """Microseconds in the queue, of moves, of the forward pass and of sampling."""
+        elapsed = self.engine.device.elapsed_us
+        moves = sum(elapsed(began, ended) for began, ended in self.moved)
+        launched, computed, drawn = self.marks
+        return self.queued_us, moves, elapsed(launched, computed), elapsed(computed, drawn)

@@ -16,8 +16,9 @@ from data_plane.model import Model
 from data_plane.sampler import CHUNK_ELEMENTS
 from kernels import AttentionBatch
 
-# What the sampler has of a chunk of logits at a time: some float64 and int64 tensors.
-_SAMPLER_BYTES = 5 * 8 * CHUNK_ELEMENTS
+# What the sampler has of a chunk of logits at a time, sorting included: some float64 and int64
+# tensors. Nearly twice what was seen on a CPU with a nucleus of 128,000 tokens.
+_SAMPLER_BYTES = 14 * 8 * CHUNK_ELEMENTS
 # What a captured graph takes beside the tensors that all graphs share.
 _GRAPH_BYTES = 8 << 20
 
@@ -30,6 +31,7 @@ def cache_bytes(
     block_size: int,
     step_tokens: int,
     slot_count: int,
+    max_length: int,
     graph_count: int,
     scales: KVScales | None = None,
 ) -> int:
@@ -37,13 +39,17 @@ def cache_bytes(
 
     Args:
         share: of the device's memory, what this process may use in all, in (0, 1].
+        max_length: tokens of one sequence.
     """
     free, total = device.memory()
-    largest = _step_bytes(model, device, block_size, step_tokens, slot_count, scales)
-    decode = _step_bytes(model, device, block_size, slot_count, slot_count, scales)
+    # All logits of a chunk are wanted where a prompt's log-probabilities are.
+    largest = _step_bytes(model, device, block_size, step_tokens, scales)
+    decode = _step_bytes(model, device, block_size, slot_count, scales)
     graphs = decode + graph_count * _GRAPH_BYTES if graph_count else 0
-    used = total - free
-    return max(int(share * total) - used - largest - graphs - _SAMPLER_BYTES, 0)
+    # Tokens of all slots, a copy of some of them while samples fork, and block tables of graphs.
+    tables = 4 * slot_count * (2 * max_length + -(-max_length // block_size))
+    used = total - free + largest + graphs + tables + _SAMPLER_BYTES
+    return max(int(share * total) - used, 0)
 
 
 def _step_bytes(
@@ -51,10 +57,9 @@ def _step_bytes(
     device: Device,
     block_size: int,
     tokens: int,
-    rows: int,
     scales: KVScales | None,
 ) -> int:
-    """Bytes that a forward pass over so many tokens takes beside weights and cache."""
+    """Bytes that a pass over so many tokens takes beside weights and cache, logits of all in it."""
     facts, place = model.facts, device.torch_device
     length = min(tokens, facts.max_model_length)
     blocks = -(-length // block_size)
@@ -74,5 +79,5 @@ def _step_bytes(
         device=place,
     )
     at = positions.to(place)
-    wanted = torch.arange(min(rows, tokens), device=place)
-    return device.peak_bytes(lambda: model.forward(torch.zeros_like(at), at, batch, cache, wanted))
+    rows = torch.arange(tokens, device=place)
+    return device.peak_bytes(lambda: model.forward(torch.zeros_like(at), at, batch, cache, rows))

@@ -280,6 +280,20 @@ def _check_weights(path: Path) -> None:
     raise ModelError(f"{path} has no safetensors weights")
 
 
+def _check_rotation(kind: str, text: Any) -> None:
+    """Raises ModelError where a token's rotation depends on how long the sequences beside it are.
+
+    Keys are cached as they were rotated, and sequences of all lengths share a step.
+    """
+    parameters = getattr(text, "rope_parameters", None) or {}
+    for each in (parameters, *parameters.values()):
+        found = each.get("rope_type") if isinstance(each, dict) else None
+        if found in ("dynamic", "longrope"):
+            raise ModelError(
+                f"{kind} has rotary embeddings of type {found}, which change by length"
+            )
+
+
 def _architecture(config: Any, raw: dict[str, Any]) -> Any:
     """The model class, or ModelError where its kind cannot be served."""
     kind = config.model_type
@@ -293,6 +307,7 @@ def _architecture(config: Any, raw: dict[str, Any]) -> Any:
     if architecture.__name__ not in named:
         raise ModelError(f"{named[0]} is not supported, only {architecture.__name__} of {kind}")
     text = config.get_text_config()
+    _check_rotation(kind, text)
     kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if getattr(architecture, "_is_stateful", False):
         raise ModelError(f"{kind} has recurrent layers, which are not supported")

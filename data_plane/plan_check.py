@@ -237,6 +237,10 @@ class _Preview:
         self._resident("decode_joins", joins)
         _all("decode_joins", self.computed[joins] == self.lengths[joins] - 1,
              "a slot has tokens that are not computed", "DRIFT")  # fmt: skip
+        # Blocks come back beside the forward pass, for a later plan.
+        for name in ("decode_joins", "chunk_slots", "copied_slots"):
+            back = np.isin(getattr(self.plan, name), self.plan.swap_in_slots)
+            _all(name, ~back, "a slot comes back from the host in this plan")
         self.decoding[leaves] = False
         self.decoding[joins] = True
 

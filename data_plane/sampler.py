@@ -33,6 +33,10 @@ CHUNK_ELEMENTS = 1 << 23
 # Up to this top-k only so many likeliest tokens are ranked, beyond it the whole vocabulary is.
 CANDIDATES = 1024
 
+# A token's weight in a draw is an integer, this one for the likeliest. What is less likely than
+# that one by more is never drawn; 2^22 tokens can be summed.
+WEIGHT_OF_PEAK = float(1 << 40)
+
 _NAN, _UNBOUNDED, _NOTHING_LEFT = -1, -2, -3
 _FAULTS = {
     _NAN: "the model gave NaN logits",
@@ -180,7 +184,8 @@ def draw(
     logits = logits[:, : table.vocabulary_size]
     ids = _argmax(logits).index_select(0, send(rows.logits.astype(np.int64)))
     busy = np.flatnonzero(_needs_more_than_argmax(rows, table))
-    for part in _chunks(busy, logits.shape[1]):
+    # Penalties count over a row's tokens, which may be more than its logits.
+    for part in _chunks(busy, max(logits.shape[1], int(rows.lengths.max(initial=0)))):
         at = send(part)
         chosen = Rows(rows.logits[part], rows.slots[part], rows.lengths[part])
         copies = logits.index_select(0, send(chosen.logits.astype(np.int64)))
@@ -283,15 +288,18 @@ def _draw_warm(
 ) -> Tensor:
     """int64 [n]: an id of each row, by inverting the distribution's cumulative sum.
 
-    Weights are relative to the likeliest token's, which is exactly 1 at any temperature. Rows
-    without a finite peak give an id that means nothing.
+    Weights are relative to the likeliest token's, which is exactly 1 at any temperature. They are
+    summed as integers, because the order in which a GPU adds is not the same each time, and ranks
+    that draw for themselves must draw the same. Rows without a finite peak give an id that means
+    nothing.
     """
     peaks = logits.amax(dim=-1, keepdim=True)
-    weights = (logits - peaks).double()
-    weights.div_(send(table.temperature[slots].astype(np.float64))[:, None]).exp_()
+    shares = (logits - peaks).double()
+    shares.div_(send(table.temperature[slots].astype(np.float64))[:, None]).exp_()
     min_p, top_k, top_p = table.min_p[slots], table.top_k[slots], table.top_p[slots]
     if (min_p > 0).any():
-        weights.masked_fill_(weights < send(min_p)[:, None], 0)
+        shares.masked_fill_(shares < send(min_p)[:, None], 0)
+    weights = shares.mul_(WEIGHT_OF_PEAK).round_().long()
     vocabulary = logits.shape[1]
     top_k = np.where(top_k > 0, np.minimum(top_k, vocabulary), vocabulary)
     filtered = (top_k < vocabulary) | (top_p < 1)
@@ -304,12 +312,11 @@ def _draw_warm(
             weights.index_copy_(0, at, part_weights * kept)
 
     sums = weights.cumsum(dim=-1)
-    # A token without weight is never drawn, however sums round: its sum counts as 0 ...
-    sums.mul_(weights > 0)
-    total = sums.amax(dim=-1)
-    target = send(uniforms(table.seed[slots], table.sample_index[slots], lengths)) * total
-    # ... and some sum always lies above the target.
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    total = sums[:, -1]
+    numbers = send(uniforms(table.seed[slots], table.sample_index[slots], lengths))
+    # Below the total, however the product rounds; so some sum lies above it, and the first one
+    # that does belongs to a token with weight.
+    target = torch.minimum((numbers * total).long(), total - 1)
     return (sums > target[:, None]).to(torch.uint8).argmax(dim=-1)
 
 
@@ -320,7 +327,7 @@ def _nucleus(
 
     Args:
         logits: [n, V], by which tokens are ranked; equal ones by id.
-        weights: float64 [n, V], a function of the row's logits.
+        weights: int64 [n, V], a function of the row's logits.
         top_k: int [n] in [1, V]; V keeps all.
         top_p: float32 [n] in (0, 1]; the smallest set with this share of the mass is kept.
     """

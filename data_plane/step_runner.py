@@ -76,6 +76,8 @@ class StepRunner:
         self._graphs: dict[int, Callable[[], Tensor]] = {}
         largest = max(self._buckets, default=0)
         self._columns = _Columns.empty(largest, block_table_width, device.torch_device)
+        # Logits of whatever bucket runs: each graph would keep its own.
+        self._logits: Tensor | None = None
 
     def capture(self, progress: Callable[[list[int]], Iterable[int]] = iter) -> None:
         """Readies every bucket, the largest first, because graphs share its memory.
@@ -137,11 +139,18 @@ class StepRunner:
 
         def run() -> Tensor:
             ids = self._tokens.view(-1).index_select(0, columns.places[:size]).long()
-            return self._model.forward(
+            logits = self._model.forward(
                 ids, columns.positions[:size], batch.again(), self._cache, rows
             )
+            return self._kept(logits)
 
         return run
+
+    def _kept(self, logits: Tensor) -> Tensor:
+        """Brings logits to where those of every bucket are, which the largest one makes."""
+        if self._logits is None:
+            self._logits = torch.empty_like(logits)
+        return self._logits[: len(logits)].copy_(logits)
 
 
 def _decodes(columns: _Columns, size: int) -> AttentionBatch:

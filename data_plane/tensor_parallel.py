@@ -8,6 +8,7 @@ whole. A layer pair costs one sum over the ranks, the logits one gather.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -99,6 +100,10 @@ class TensorGroup:
         """
         device = torch.device(device)
         on_cuda = device.type == "cuda"
+        # The engine notices dead and hung ranks itself, and says why it ends; NCCL's own watchdog
+        # would end the process first, without a reason.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
         dist.init_process_group(
             "nccl" if on_cuda else "gloo",
             store=store,

@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,6 +20,11 @@ Result = TypeVar("Result", covariant=True)
 
 class Begun(Protocol[Result]):
     """A job whose end the device decides."""
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing to wait for."""
+        ...
 
     def wait(self) -> None:
         """Returns when the device is done; on a thread of its own."""
@@ -56,6 +62,36 @@ class _Job:
     begins: bool = False
 
 
+class _Jobs:
+    """What the worker's thread is to do next: what is ready to be finished, then what came first.
+
+    Finishing takes little, and somebody waits for the result.
+    """
+
+    def __init__(self) -> None:
+        self._items: deque[_Job | None] = deque()
+        self._finishing = 0
+        self._some = threading.Condition()
+
+    def put(self, job: _Job | None) -> None:
+        with self._some:
+            self._items.append(job)
+            self._some.notify()
+
+    def put_first(self, job: _Job) -> None:
+        """Goes before all but those that were put first earlier."""
+        with self._some:
+            self._items.insert(self._finishing, job)
+            self._finishing += 1
+            self._some.notify()
+
+    def get(self) -> _Job | None:
+        with self._some:
+            self._some.wait_for(lambda: self._items)
+            self._finishing = max(self._finishing - 1, 0)
+            return self._items.popleft()
+
+
 class Worker:
     """Runs jobs one after the other.
 
@@ -68,7 +104,7 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs = _Jobs()
         self._begun: queue.SimpleQueue[tuple[Begun[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-worker", daemon=True)
         self._waiter = threading.Thread(target=self._wait, name="engine-results", daemon=True)
@@ -128,10 +164,12 @@ class Worker:
             self.failed = error
             job.future.set_exception(error)
         else:
-            if job.begins:
-                self._begun.put((result, job.future))
-            else:
+            if not job.begins:
                 job.future.set_result(result)
+            elif result.done:
+                self._attempt(_Job(result.finish, job.future))
+            else:
+                self._begun.put((result, job.future))
 
     def _wait(self) -> None:
         while (begun := self._begun.get()) is not None:
@@ -143,5 +181,5 @@ class Worker:
                 self.failed = error
                 future.set_exception(error)
                 break
-            self._jobs.put(_Job(job.finish, future))
+            self._jobs.put_first(_Job(job.finish, future))
         self._jobs.put(None)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.batch import upload
 from kernels.launch import Launch
 from kernels.tiling import power_of_two
 
@@ -87,8 +88,7 @@ def swap_blocks(
         _transfer_runs(source_slab, destination_slab, sources, destinations)
         return
     slab = source_slab if source_slab.is_cuda else destination_slab
-    sources = sources.to(slab.device, non_blocking=True)
-    destinations = destinations.to(slab.device, non_blocking=True)
+    sources, destinations = upload(sources, slab.device), upload(destinations, slab.device)
     move_launch(source_slab, destination_slab, sources, destinations).run()
 
 

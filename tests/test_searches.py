@@ -50,7 +50,7 @@ def test_beams_that_come_back_to_a_prompt_that_is_distrusted_share_it_all_the_sa
     group = submit_search(driver, prompt, width=4, max_tokens=7)
     while len(group.resident()) < 4 or driver.scheduler._prefilling:
         assert driver.step()
-    other = driver.submit(prompt[:20] + [100], "other", max_tokens=40, priority=-1)
+    other = driver.submit([*prompt[:20], 100], "other", max_tokens=40, priority=-1)
     # More than a chunk of its tokens is not in the prompt's blocks, so it comes back in two steps.
     while group.beams is not None and group.beams.length < 42:
         assert driver.step()
@@ -78,6 +78,27 @@ def test_beams_that_come_back_give_way_to_whoever_comes_first() -> None:
     urgent = driver.submit(list(range(100, 160)), "urgent", max_tokens=4, priority=-1)
     driver.run(limit=200)
     assert driver.outputs(urgent) == [expected(list(range(100, 160)), 4)]
+    check_found(driver, group)
+
+
+def test_beams_that_come_back_give_way_to_who_is_in_host_memory() -> None:
+    """Whoever was swapped out comes back first, so that the beams that are still away stay away.
+
+    It has no room to write on beside the beams that are back, which wait for their siblings.
+    """
+    limits = make_limits(block_size=4, block_count=18, host_block_count=8, preemption="swap")
+    driver = Driver(limits, depth=1)
+    group = submit_search(driver, list(range(38)), width=4, max_tokens=7)
+    while group.beams is None or group.beams.length < 41:
+        assert driver.step()
+    prompt = list(range(100, 113))
+    first = driver.submit(prompt, "first", max_tokens=20, priority=-1)
+    driver.scheduler.preempt(group)
+    driver.step()
+    assert len(group.resident()) == 2
+    driver.scheduler.preempt(first)
+    driver.run(limit=200)
+    assert driver.outputs(first) == [expected(prompt, 20)]
     check_found(driver, group)
 
 

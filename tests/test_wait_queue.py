@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from control_plane.request import SequenceGroup
+from control_plane.request import FinishReason, SequenceGroup
+from control_plane.scheduler import Scheduler
+from control_plane.wait_queue import QueueFull
 from tests.stub_engine import expected
 from tests.test_scheduler import Driver, make_limits
 
@@ -164,3 +166,77 @@ def test_a_tenant_alone_has_the_whole_cache() -> None:
     again = driver.submit([*prompt, 5], "again", salt="alone", max_tokens=1)
     driver.run()
     assert again.sequences[0].cached == 480
+
+
+# What a refused request waits for.
+
+
+def test_a_request_gets_in_when_another_has_computed_its_prompt() -> None:
+    driver = Driver(make_limits(max_length=1024, step_tokens=128), depth=1)
+    system = list(range(40 * 16))
+    first = driver.submit([*system, 1], "first", max_tokens=200)
+    second = driver.submit([*system, 2], "second", max_tokens=4)
+    steps = 0
+    while not second.admitted:
+        driver.step()
+        steps += 1
+    # The prompt takes ten steps of 64 tokens; without it the second one needs one block.
+    assert steps <= 12 and not first.finished
+    assert second.sequences[0].cached >= 16
+
+
+def test_a_long_prompt_finds_a_place_among_short_ones() -> None:
+    """The limit in tokens is passed by the last one that is taken, of whatever length."""
+    driver = Driver(make_limits(waiting_tokens=100, slot_count=1, max_length=1024))
+    driver.submit([1] * 50, "running", max_tokens=30)
+    driver.step()
+    driver.submit([2] * 90, "short")
+    driver.submit([3] * 600, "long")
+    with pytest.raises(QueueFull, match="690 prompt tokens wait") as refused:
+        driver.submit([4], "next")
+    assert refused.value.excess_tokens == 591
+
+
+def test_one_with_output_from_elsewhere_is_not_passed() -> None:
+    driver, _ = _busy()
+    moved = driver.submit([900] * LONG, "moved", max_tokens=NEW)
+    driver.scheduler.cancel(moved)
+    again = SequenceGroup.of(moved.request, -1)
+    again.sequences[0].extend([5, 6, 7])
+    driver.scheduler.resubmit(again)
+    assert driver.scheduler.queue.patience(again) == 0
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_nobody_builds_on_what_faulted_before_it_was_preempted(preemption: str) -> None:
+    """The faulty step's result comes after the plan that takes the sequence off the device."""
+    driver = Driver(make_limits(host_block_count=64, preemption=preemption))
+    group = driver.submit(list(range(64)), "faulty", max_tokens=60)
+    driver.engine.fault = lambda slot, tokens: len(tokens) == 75
+    scheduler, results = driver.scheduler, driver._results
+    while not (results and results[-1].faults):  # type: ignore[attr-defined]
+        if results:
+            scheduler.apply(results.pop(0))  # type: ignore[arg-type]
+        results.append(driver.engine.execute(scheduler.schedule()))  # type: ignore[arg-type]
+    scheduler.preempt(group)
+    results.append(driver.engine.execute(scheduler.schedule()))  # type: ignore[arg-type]
+    driver.engine.fault = lambda slot, tokens: False
+    while results:
+        scheduler.apply(results.pop(0))  # type: ignore[arg-type]
+    assert group.sequences[0].finish is FinishReason.ERROR
+    assert not len(scheduler.pool.match(group.request.hashes))
+    after = driver.submit([*range(64), 1], "after", max_tokens=2)
+    driver.run()
+    assert after.sequences[0].cached == 0
+
+
+def test_a_leader_that_takes_over_knows_whose_resident_blocks_are() -> None:
+    driver = Driver(make_limits(tenant_share=0.25, slot_count=2))
+    loud = driver.submit([7] * 320, "loud", salt="loud", max_tokens=30)
+    while not loud.sequences[0].published:
+        driver.step()
+    successor = Scheduler(driver.limits)
+    group = SequenceGroup.of(loud.request, 0)
+    snapshot = driver.engine.snapshot()
+    successor.restore([(group.sequences[0], row) for row in snapshot.rows], snapshot.hashes)
+    assert set(successor.pool._cached._tenants.values()) == {"loud"}

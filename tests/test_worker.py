@@ -17,7 +17,8 @@ class Step:
 
     def __init__(self, name: str, log: list[str], error: Exception | None = None) -> None:
         self.name, self.log, self.error = name, log, error
-        self.done = threading.Event()
+        self.reached = threading.Event()
+        self.done = False
 
     def begin(self) -> Step:
         self.log.append(f"begin {self.name}")
@@ -25,7 +26,7 @@ class Step:
 
     def wait(self) -> None:
         assert threading.current_thread().name == "engine-results"
-        self.done.wait()
+        self.reached.wait()
         if self.error is not None:
             raise self.error
 
@@ -58,7 +59,7 @@ def test_the_next_step_begins_while_the_device_is_at_the_last(worker: Worker) ->
         await _until(lambda: len(log) == 3)
         assert log == ["begin a", "begin b", "begin c"]
         for step in reversed(steps):
-            step.done.set()
+            step.reached.set()
         assert await asyncio.gather(*calls) == ["a", "b", "c"]
         assert log[3:] == ["finish a", "finish b", "finish c"]
         worker.stop(5)
@@ -74,7 +75,7 @@ def test_other_jobs_run_between_the_parts_of_one(worker: Worker) -> None:
         call = asyncio.create_task(worker.call_device(step.begin))
         await _until(lambda: log == ["begin a"])
         assert await worker.call(lambda: "beside") == "beside"
-        step.done.set()
+        step.reached.set()
         assert await call == "a"
 
     asyncio.run(run())
@@ -89,7 +90,7 @@ def test_stopping_lets_what_was_begun_finish(worker: Worker) -> None:
         stopping = asyncio.create_task(asyncio.to_thread(worker.stop, 5))
         await asyncio.sleep(0.02)
         assert not stopping.done()
-        step.done.set()
+        step.reached.set()
         await stopping
         assert await call == "a"
 
@@ -111,7 +112,7 @@ def test_a_refused_plan_does_not_end_the_worker(worker: Worker) -> None:
 def test_an_error_of_the_device_ends_the_worker(worker: Worker) -> None:
     async def run() -> None:
         step = Step("a", [], RuntimeError("device lost"))
-        step.done.set()
+        step.reached.set()
         with pytest.raises(RuntimeError, match="device lost"):
             await worker.call_device(step.begin)
         assert isinstance(worker.failed, RuntimeError)
@@ -129,8 +130,41 @@ def test_it_is_stuck_while_the_device_is(worker: Worker) -> None:
         began = time.monotonic()
         await _until(lambda: worker.stuck_seconds > 0.05)
         assert worker.stuck_seconds <= time.monotonic() - began + 0.01
-        step.done.set()
+        step.reached.set()
         await call
         await _until(lambda: worker.stuck_seconds == 0)
+
+    asyncio.run(run())
+
+
+def test_results_go_before_steps_that_are_still_to_begin(worker: Worker) -> None:
+    async def run() -> None:
+        log: list[str] = []
+        first = Step("first", log)
+        call = asyncio.create_task(worker.call_device(first.begin))
+        await _until(lambda: log == ["begin first"])
+        hold = threading.Event()
+        held = worker.submit(hold.wait)
+        later = [worker.submit(lambda: log.append("later")) for _ in range(3)]
+        first.reached.set()
+        await asyncio.sleep(0.05)
+        hold.set()
+        assert await call == "first" and held.result()
+        for future in later:
+            future.result()
+        assert log == ["begin first", "finish first", "later", "later", "later"]
+
+    asyncio.run(run())
+
+
+def test_what_is_done_at_once_is_finished_at_once(worker: Worker) -> None:
+    async def run() -> None:
+        log: list[str] = []
+        steps = [Step(name, log) for name in "ab"]
+        for step in steps:
+            step.done = True
+        calls = [asyncio.create_task(worker.call_device(step.begin)) for step in steps]
+        assert await asyncio.gather(*calls) == ["a", "b"]
+        assert log == ["begin a", "finish a", "begin b", "finish b"]
 
     asyncio.run(run())
