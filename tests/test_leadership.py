@@ -312,6 +312,31 @@ def test_bad_plans_are_refused_whole(llama: Model, name: str) -> None:
     run(llama, body)
 
 
+def test_what_comes_back_from_the_host_runs_in_a_later_plan_only(llama: Model) -> None:
+    """Its blocks are brought back beside the forward pass."""
+    out = {"swap_out_slots": ints(0), "swap_out_blocks": ints(3, 5), "swap_out_targets": ints(0, 1)}
+    back = {"swap_in_slots": ints(0), "swap_in_blocks": ints(0, 1), "swap_in_targets": ints(8, 9)}
+    runs: list[dict[str, bytes]] = [
+        {"decode_joins": ints(0)},
+        {"chunk_slots": ints(0), "chunk_token_counts": ints(1)},
+        {"copied_slots": ints(0), "copied_indexes": ints(1), "copied_blocks": ints(10)},
+    ]
+
+    def refused(fields: dict[str, bytes]) -> None:
+        async def body(engine: Engine, stub: engine_pb2_grpc.EngineServiceStub) -> None:
+            lead = Lead(stub)
+            await lead.snapshot(await lead.claim())
+            await lead.step(first_plan(epoch=1))
+            await lead.step(_changed(**out))
+            _, told = await lead.refusal(pb.StepPlan(epoch=1, step=3, **back, **fields))
+            assert told == "INVALID"
+
+        run(llama, body)
+
+    for fields in runs:
+        refused(fields)
+
+
 def test_what_is_queued_behind_a_refused_plan_does_not_run(llama: Model) -> None:
     async def body(engine: Engine, stub: engine_pb2_grpc.EngineServiceStub) -> None:
         lead = Lead(stub)

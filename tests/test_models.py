@@ -213,6 +213,16 @@ def test_other_attention_is_refused(arch: str, tmp_path: Path) -> None:
         load_model(tiny_model(arch, tmp_path / arch))
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_change_by_length_are_refused(kind: str, tmp_path: Path) -> None:
+    directory = tiny_model("llama", tmp_path)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0, **factors}
+    _edit_config(directory, rope_parameters=rope)
+    with pytest.raises(ModelError, match=f"type {kind}, which change by length"):
+        load_model(directory)
+
+
 def _edit_config(directory: Path, **fields: object) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

@@ -163,6 +163,15 @@ def test_unservable_models_end_the_process_with_one_sentence(arch: str, tmp_path
         assert not [line for line in lines if "Traceback" in line]
 
 
+def test_an_engine_that_cannot_be_built_ends_with_the_status_of_a_failed_worker(
+    llama_directory: Path, tmp_path: Path
+) -> None:
+    memory = ("--kv-memory-mib", str(1 << 40))
+    with data_plane(tmp_path / "log", "--model", str(llama_directory), *memory) as process:
+        assert process.wait() == 70
+        assert "the engine cannot be built" in process.log()
+
+
 def test_sigterm_ends_both_planes_cleanly(llama_directory: Path, tmp_path: Path) -> None:
     with data_plane(tmp_path / "e.log", "--model", str(llama_directory)) as engine:
         engine.ready()
