@@ -672,8 +672,9 @@ class Scheduler:
             return 0
         if len(group.sequences) == 1:
             sequence = group.sequences[0]
-            prefilling = sequence in self._prefilling
-            return 0 if prefilling else int(self.slots.block_count[sequence.slot])
+            if self._prefilling and sequence in self._prefilling:
+                return 0
+            return self.slots.block_count.item(sequence.slot)
         if any(sequence in self._prefilling for sequence in group.sequences):
             return 0
         return len(self.swap.blocks_of(group))
