@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kernels
-from benchmarks import fp8_accuracy, fp8_page
+from benchmarks import fp8_accuracy, fp8_page, page
 from data_plane import calibrate, demo_model
 from data_plane.__main__ import SettingsError, build_engine
 from data_plane.calibrate import built_in_sequences, find_scales, measure
@@ -530,11 +530,11 @@ def test_scales_per_head_save_heads_that_are_unlike(tmp_path: Path) -> None:
 
 def test_the_page_is_made_of_its_results() -> None:
     text = fp8_page.PAGE.read_text()
-    found = fp8_page.SOURCE.search(text)
+    found = page.SOURCE.search(text)
     assert found
-    lines = fp8_page.read((ROOT / found[1]).read_text())
+    lines = page.read((ROOT / found[1]).read_text(), fp8_page.RENDERS)
     assert all(lines.values())
-    assert fp8_page.page(text, found[1], lines) == text
+    assert page.fill(text, found[1], lines, fp8_page.RENDERS) == text
 
 
 def test_the_demo_model_has_no_file_of_scales() -> None:

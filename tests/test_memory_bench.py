@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import memory, memory_page, prefix_cache, sharing
+from benchmarks import memory, memory_page, page, prefix_cache, sharing
 from benchmarks.contiguous import Allocator, Buddy, Contiguous, FirstFit, asked
 from benchmarks.lengths import AZURE_FILE, Job, azure, jobs, synthetic
 from benchmarks.replay import Replay, limits_for
@@ -160,14 +160,14 @@ def test_azure_trace_is_read_and_cut(tmp_path: Path) -> None:
 
 def test_the_page_is_made_of_its_results() -> None:
     text = memory_page.PAGE.read_text()
-    found = memory_page.SOURCE.search(text)
+    found = page.SOURCE.search(text)
     assert found
-    lines = memory_page.read((ROOT / found[1]).read_text())
-    assert memory_page.page(text, found[1], lines) == text
-    for name, (_, draw) in memory_page.PARTS.items():
+    lines = page.read((ROOT / found[1]).read_text(), memory_page.RENDERS)
+    assert page.fill(text, found[1], lines, memory_page.RENDERS) == text
+    for name, (file, draw) in memory_page.PLOTS.items():
         plot = draw(lines[name])
         ElementTree.fromstring(plot)
-        assert (ROOT / "docs" / memory_page.PLOTS[name]).read_text() == plot
+        assert (ROOT / "docs" / file).read_text() == plot
 
 
 def test_what_was_not_measured_is_called_so() -> None:
