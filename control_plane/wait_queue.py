@@ -82,9 +82,6 @@ class WaitQueue:
     def __iter__(self) -> Iterator[SequenceGroup]:
         return iter(self._groups)
 
-    def __contains__(self, group: SequenceGroup) -> bool:
-        return group in self._places
-
     @property
     def head(self) -> SequenceGroup | None:
         return self._groups[0] if self._groups else None
@@ -150,10 +147,6 @@ class WaitQueue:
         for place in self._passed:
             place.patience -= len(sequence.tokens)
         self.take(group, sequence)
-
-    def patience(self, group: SequenceGroup) -> int:
-        """Tokens by which a group may still be passed."""
-        return self._places[group].patience
 
     # What refused a group lately, so that it is not asked again before that has got better.
 

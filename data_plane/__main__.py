@@ -25,7 +25,7 @@ from data_plane.device import Device, device_of
 from data_plane.engine import Engine, EngineSizes
 from data_plane.follower import follow
 from data_plane.kv_scales import KV_DTYPE, KVScales
-from data_plane.load_progress import log_weight_loading, shown
+from data_plane.load_progress import shown
 from data_plane.memory import cache_bytes
 from data_plane.model import Model, ModelError, ModelFacts, load_model
 from data_plane.ranks import EXIT_BAD_MODEL, EXIT_WORKER_FAILED, Loss, Place, RankLost, Ranks
@@ -329,8 +329,6 @@ def main() -> int:
     if place.rank:
         build = partial(build_engine, settings, place)
         _leave(follow(place, build, REFUSALS, settings.hung_step_seconds, STOP_SECONDS))
-    if not sys.stderr.isatty():
-        log_weight_loading()
     ranks, status = Ranks(), EXIT_WORKER_FAILED
     try:
         status = _lead(settings, place, ranks)

@@ -204,7 +204,7 @@ def test_one_with_output_from_elsewhere_is_not_passed() -> None:
     again = SequenceGroup.of(moved.request, -1)
     again.sequences[0].extend([5, 6, 7])
     driver.scheduler.resubmit(again)
-    assert driver.scheduler.queue.patience(again) == 0
+    assert driver.scheduler.queue._places[again].patience == 0
 
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
