@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -35,13 +35,20 @@ class Settings(BaseSettings):
     )
     listen: str = Field("127.0.0.1:7401", description="host:port of the inference API")
     admin_listen: str = Field("127.0.0.1:7402", description="host:port of the admin API")
+    health_listen: str = Field(
+        "", description="host:port of health alone, in plain text, for probes; empty: none"
+    )
     metrics_port: int = Field(
         0, ge=0, le=65535, description="port of /metrics, on the host of listen; 0: none"
     )
+    vllm_metrics: bool = Field(False, description="serve metrics under vLLM's names, too")
     advertise: str = Field("", description="host:port told to other replicas; empty: listen")
     redis_url: str = Field(
         "redis://127.0.0.1:6379", description="of the prefix index; serving goes on without it"
     )
+    redis_username: str = Field("", description="of Redis's ACL; empty: the default user")
+    redis_password: SecretStr | None = Field(None, description="of that user; none: no password")
+    redis_ca: Path | None = Field(None, description="PEM file that signed Redis's certificate")
     index_namespace: str = Field("quire", description="begins every key of the prefix index")
     index_timeout_ms: float = Field(5.0, gt=0, description="ms that a request waits for the index")
     steps_in_flight: int = Field(2, ge=1, le=4, description="plans sent ahead of results")
@@ -62,6 +69,15 @@ class Settings(BaseSettings):
         le=1,
         description="of the blocks, what one tenant's cached ones may be while others want memory",
     )
+    prefixes: Path | None = Field(
+        None, description="YAML file of shared prefixes that are registered from the start"
+    )
+    access: Path | None = Field(
+        None, description="YAML file of callers, their tenants and roles; none: all are anonymous"
+    )
+    anonymous_roles: str = Field(
+        "generate", description="of callers that access does not know: generate, read, write"
+    )
     orphan_grace_seconds: float = Field(
         30.0, ge=0, description="seconds for clients to come back to what a new leader took over"
     )
@@ -72,6 +88,7 @@ class Settings(BaseSettings):
     reflection: bool = Field(False, description="serve gRPC reflection")
     check_invariants: bool = Field(False, description="verify block conservation after every step")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
+    log_format: Literal["text", "json"] = Field("text", description="of a line in the log")
 
     @property
     def tls(self) -> wire.Tls | None:

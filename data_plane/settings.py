@@ -54,6 +54,12 @@ class Settings(BaseSettings):
     )
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: torch's choice")
     listen: str = Field("127.0.0.1:7411", description="host:port of the engine API")
+    health_listen: str = Field(
+        "", description="host:port of health alone, in plain text, for probes; empty: none"
+    )
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="port of /metrics, on the host of listen; 0: none"
+    )
     engine_id: str = Field("", description="stable name; empty: derived from host name and address")
     block_size: int = Field(16, ge=1, le=256, description="tokens per block")
     kv_memory_mib: int = Field(
@@ -85,9 +91,13 @@ class Settings(BaseSettings):
     tls_certificate: Path | None = Field(None, description="PEM file; together with tls-key")
     tls_key: Path | None = Field(None, description="PEM file")
     tls_ca: Path | None = Field(None, description="PEM file; peers must be signed by it")
+    leader_names: str = Field(
+        "", description="names of certificates that may lead; empty: all that tls-ca signed"
+    )
     reflection: bool = Field(False, description="serve gRPC reflection")
     check_invariants: bool = Field(False, description="verify block conservation after every step")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
+    log_format: Literal["text", "json"] = Field("text", description="of a line in the log")
 
     @property
     def tls(self) -> wire.Tls | None:
