@@ -8,9 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class PrefixHits:
-    """Hits of the chain of blocks that ends with one hash. `last_hit`: seconds, monotonic."""
+    """Hits of the chain of blocks that ends with one hash.
+
+    Attributes:
+        name: of the registered prefix that it is, else empty.
+        tenant: whose it is.
+        token_count: from the prompt's beginning.
+        saved_tokens: not counting those of a registered prefix that it begins with.
+        last_hit: seconds, monotonic.
+    """
 
     digest: bytes
+    name: str
+    tenant: str
     token_count: int
     hits: int = 0
     saved_tokens: int = 0
@@ -24,12 +34,26 @@ class PrefixStats:
         self._limit = limit
         self._entries: OrderedDict[bytes, PrefixHits] = OrderedDict()
 
-    def hit(self, digest: bytes, token_count: int, now: float) -> None:
-        """Counts a request whose longest cached prefix ends in `digest`."""
-        entry = self._entries.setdefault(digest, PrefixHits(digest, token_count))
+    def hit(
+        self,
+        digest: bytes,
+        token_count: int,
+        saved: int,
+        now: float,
+        *,
+        tenant: str = "",
+        name: str = "",
+    ) -> None:
+        """Counts a request that found the chain of blocks that ends in `digest`.
+
+        Args:
+            saved: tokens that it did not compute thanks to it.
+        """
+        entry = self._entries.setdefault(digest, PrefixHits(digest, name, tenant, token_count))
         self._entries.move_to_end(digest)
+        entry.name = name or entry.name
         entry.hits += 1
-        entry.saved_tokens += token_count
+        entry.saved_tokens += saved
         entry.last_hit = now
         if len(self._entries) > self._limit:
             self._entries.popitem(last=False)
