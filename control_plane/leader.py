@@ -13,11 +13,11 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
-from control_plane.cache_log import CacheLog
 from control_plane.engine_link import EngineFacts, EngineLink, LinkLost, Refused
 from control_plane.generation import Generation, Generations
-from control_plane.lookups import LookupLog
 from control_plane.prefix_index import PrefixIndex
+from control_plane.prefixes.log import CacheLog
+from control_plane.prefixes.lookups import LookupLog
 from control_plane.scheduler import Scheduler
 from control_plane.step_loop import LeaderSettings, StepLoop
 from control_plane.tokenizer import PromptTokenizer

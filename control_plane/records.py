@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ class SharedPrefix:
 
 
 NOT_SHARED = SharedPrefix()
+_LAST_IN_LINE = 100
 
 Number = TypeVar("Number", int, float)
 
@@ -75,6 +77,23 @@ def new_request(
         record, record.SerializeToString(), tokens, _hashes(record, tokens, facts), facts
     )
     return replace(request, prefix_name=shared.name)
+
+
+def warming_request(name: str, ids: list[int], facts: EngineFacts) -> tuple[Request, bytes]:
+    """Makes the request that has an engine compute a registered prefix, and its digest.
+
+    Args:
+        ids: the tokens of its full blocks.
+    """
+    message = pb.GenerateRequest(
+        request_id=f"warm-{name}-{uuid.uuid4().hex[:12]}",
+        token_ids=pb.TokenIds(ids=ids),
+        sampling=pb.Sampling(temperature=0),
+        priority=_LAST_IN_LINE,
+    )
+    digest = request_digest(message)
+    shared = SharedPrefix(name, len(ids) // facts.block_size)
+    return new_request(message, ids, 1, facts, "", digest, shared), digest
 
 
 def rebuilt_request(data: bytes, prompt: Int32Array, facts: EngineFacts) -> tuple[Request, bytes]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from control_plane.generation import Generation, Generations
 from control_plane.leader import EngineLeader
-from control_plane.lookups import LookupLog
 from control_plane.prefix_index import EngineLife, PrefixIndex
+from control_plane.prefixes.lookups import LookupLog
 from control_plane.request import FinishReason, Request
 from control_plane.step_loop import StepLoop
 

@@ -17,12 +17,12 @@ from typing import Literal
 
 from control_plane import records
 from control_plane.beams import BeamSearch
-from control_plane.cache_log import CacheLog
 from control_plane.engine_link import EngineFacts, Leadership, LinkLost
 from control_plane.generation import Generation, Generations
 from control_plane.overload import DrainRate
 from control_plane.plan import Logprob, Outcome, Plan, ResidentRow, Snapshot, StepResult
 from control_plane.prefix_index import EngineLife, PrefixIndex
+from control_plane.prefixes.log import CacheLog
 from control_plane.request import FinishReason, Sequence, SequenceGroup, ended_at
 from control_plane.scheduler import NeverFits, Scheduler, SchedulerLimits
 from control_plane.tokenizer import PromptTokenizer

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from control_plane.block_history import BlockHistory
 from control_plane.engine_link import EngineFacts
-from control_plane.lookups import LookupLog
-from control_plane.prefix_stats import PrefixStats
+from control_plane.prefixes.history import BlockHistory
+from control_plane.prefixes.lookups import LookupLog
+from control_plane.prefixes.stats import PrefixStats
 from control_plane.request import Request
 
 
@@ -33,14 +33,14 @@ class CacheLog:
         """Notes what a request found when the engine took it, in tokens."""
         self._lookups.admitted(request.request_id, facts, cached, now)
         size = facts.block_size
-        # The last token of a prompt that is cached whole is computed again.
-        blocks = -(-cached // size)
+        blocks = cached // size
         shared = min(request.shared_blocks, blocks)
         whole = shared and shared == request.shared_blocks
         if shared:
             name = request.prefix_name if whole else ""
             saved = min(cached, shared * size)
-            self.stats.hit(request.hashes[shared - 1], shared * size, saved, now, name=name)
+            digest = request.hashes[shared - 1]
+            self.stats.hit(digest, shared * size, saved, now, shared=True, name=name)
         if blocks > shared:
             digest, own = request.hashes[blocks - 1], cached - shared * size
             self.stats.hit(digest, blocks * size, own, now, tenant=request.salt)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from control_plane.blocks import Int32Array
 from control_plane.engine_link import EngineFacts
-from control_plane.explain import Chain, HeldNow, Holder, Question, Span, explain
 from control_plane.hashing import PrefixHasher
 from control_plane.leader import EngineLeader
-from control_plane.lookups import Lookup
 from control_plane.prefix_index import EngineLife, PrefixIndex
+from control_plane.prefixes.explain import Chain, HeldNow, Holder, Question, Span, explain
+from control_plane.prefixes.lookups import Lookup
+from control_plane.prefixes.registered import RegisteredPrefixes
 from control_plane.records import SharedPrefix
-from control_plane.registered import RegisteredPrefixes
 from control_plane.router import Router
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from dataclasses import dataclass, field
 
 from control_plane import records
@@ -17,19 +16,17 @@ from control_plane.blocks import TooManyPins
 from control_plane.engine_link import EngineFacts
 from control_plane.generation import Generation, Generations
 from control_plane.leader import EngineLeader
-from control_plane.registered import Definition, RegisteredPrefixes, tokenised
+from control_plane.prefixes.registered import Definition, RegisteredPrefixes, tokenised
 from control_plane.scheduler import NeverFits
 from control_plane.step_loop import StepLoop
 from control_plane.tokenizer import PromptTokenizer
 from control_plane.wait_queue import QueueFull
-from protos.inference.v1 import inference_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 _INTERVAL_SECONDS = 0.5
 # A pinned prefix that did not stay is computed again, but not all the time.
 _WARM_AGAIN_SECONDS = 10.0
-_LAST_IN_LINE = 100
 
 
 @dataclass(slots=True)
@@ -82,12 +79,16 @@ class PrefixKeeper:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await self.prepare()
-            try:
-                self.care()
-            except Exception:
-                log.exception("registered prefixes are not cared for")
+            await self.attend()
             await asyncio.sleep(_INTERVAL_SECONDS)
+
+    async def attend(self) -> None:
+        """Does now what is due."""
+        try:
+            await self.prepare()
+            self.care()
+        except Exception:
+            log.exception("registered prefixes are not cared for")
 
     async def prepare(self) -> None:
         """Tokenises what is not yet, for every tokenizer there is; beside the event loop."""
@@ -192,15 +193,7 @@ class PrefixKeeper:
         """Raises QueueFull, NeverFits."""
         tokens = self._registered.tokens(definition, loop.facts)
         ids = tokens.ids.tolist() if tokens else []
-        message = pb.GenerateRequest(
-            request_id=f"warm-{definition.name}-{uuid.uuid4().hex[:12]}",
-            token_ids=pb.TokenIds(ids=ids),
-            sampling=pb.Sampling(temperature=0),
-            priority=_LAST_IN_LINE,
-        )
-        shared = records.SharedPrefix(definition.name, len(ids) // loop.facts.block_size)
-        digest = records.request_digest(message)
-        request = records.new_request(message, ids, 1, loop.facts, "", digest, shared)
+        request, digest = records.warming_request(definition.name, ids, loop.facts)
         generation = Generation(request, digest, loop.tokenizer, (), loop.facts.kind)
         loop.submit(generation)
         self._generations.add(generation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(slots=True)
@@ -13,6 +13,7 @@ class PrefixHits:
     Attributes:
         name: of the registered prefix that it is, else empty.
         tenant: whose it is.
+        shared: all tenants find it.
         token_count: from the prompt's beginning.
         saved_tokens: not counting those of a registered prefix that it begins with.
         last_hit: seconds, monotonic.
@@ -21,10 +22,21 @@ class PrefixHits:
     digest: bytes
     name: str
     tenant: str
+    shared: bool
     token_count: int
     hits: int = 0
     saved_tokens: int = 0
     last_hit: float = 0.0
+
+    def plus(self, other: PrefixHits) -> PrefixHits:
+        """The same prefix on two engines."""
+        return replace(
+            self,
+            name=self.name or other.name,
+            hits=self.hits + other.hits,
+            saved_tokens=self.saved_tokens + other.saved_tokens,
+            last_hit=max(self.last_hit, other.last_hit),
+        )
 
 
 class PrefixStats:
@@ -42,6 +54,7 @@ class PrefixStats:
         now: float,
         *,
         tenant: str = "",
+        shared: bool = False,
         name: str = "",
     ) -> None:
         """Counts a request that found the chain of blocks that ends in `digest`.
@@ -49,7 +62,8 @@ class PrefixStats:
         Args:
             saved: tokens that it did not compute thanks to it.
         """
-        entry = self._entries.setdefault(digest, PrefixHits(digest, name, tenant, token_count))
+        fresh = PrefixHits(digest, name, tenant, shared, token_count)
+        entry = self._entries.setdefault(digest, fresh)
         self._entries.move_to_end(digest)
         entry.name = name or entry.name
         entry.hits += 1

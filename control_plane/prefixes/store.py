@@ -23,7 +23,14 @@ from google.protobuf.message import DecodeError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from control_plane.registered import MAX_PREFIXES, BadPrefix, Definition, RegisteredPrefixes
+from control_plane.engine_link import EngineFacts
+from control_plane.prefixes.registered import (
+    MAX_PREFIXES,
+    BadPrefix,
+    Definition,
+    RegisteredPrefixes,
+)
+from control_plane.request import Request
 from protos.control.v1 import prefix_pb2
 
 log = logging.getLogger(__name__)
@@ -72,10 +79,12 @@ class RegisteredStore:
                 log.debug("registered prefixes: %s", error)
             await asyncio.sleep(_POLL_SECONDS)
 
-    def count_hit(self, name: str, tokens: int) -> None:
-        """Notes a request that found a registered prefix; Redis hears of it within a second."""
-        self._unwritten_hits[name] += 1
-        self._unwritten_tokens[name] += tokens
+    def note(self, request: Request, facts: EngineFacts, cached: int) -> None:
+        """Counts a request that found a registered prefix; Redis hears of it within a second."""
+        if request.prefix_name and cached:
+            self._unwritten_hits[request.prefix_name] += 1
+            saved = min(cached, request.shared_blocks * facts.block_size)
+            self._unwritten_tokens[request.prefix_name] += saved
 
     async def put(self, definition: Definition) -> None:
         """Registers or replaces.
@@ -147,7 +156,7 @@ class RegisteredStore:
 
     async def _execute(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Runs commands, each with its key's last part second, in one round trip."""
-        pipeline = self._redis.pipeline(transaction=True)
+        pipeline = self._redis.pipeline(transaction=False)
         for command, key, *arguments in commands:
             pipeline.execute_command(command, self._key + str(key), *arguments)
         try:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from control_plane.engine_link import EngineFacts
 from control_plane.prefix_index import EngineLife
 from control_plane.request import Request
 
 MAX_TENANTS = 64
+
+Listener: TypeAlias = Callable[[Request, EngineFacts, int], None]
 
 
 @dataclass(slots=True)
@@ -36,6 +39,9 @@ class LookupLog:
 
     Args:
         limit, token_limit: of requests, and of their prompts' tokens together.
+
+    Attributes:
+        listeners: hear of each request as an engine takes it, with the tokens it found there.
     """
 
     def __init__(self, limit: int = 2048, token_limit: int = 1 << 22) -> None:
@@ -43,6 +49,7 @@ class LookupLog:
         self._entries: OrderedDict[str, Lookup] = OrderedDict()
         self._tokens = 0
         self._tenants: OrderedDict[str, None] = OrderedDict()
+        self.listeners: list[Listener] = []
 
     @property
     def tenants(self) -> list[str]:
@@ -65,6 +72,8 @@ class LookupLog:
         lookup = self._entries.get(request_id)
         if lookup is not None and lookup.facts is None:
             lookup.facts, lookup.cached, lookup.at = facts, cached, now
+            for listener in self.listeners:
+                listener(lookup.request, facts, cached)
 
     def get(self, request_id: str) -> Lookup | None:
         return self._entries.get(request_id)

@@ -149,13 +149,13 @@ class RegisteredPrefixes:
             self._hashes[key] = tuple(hasher.extend([], tokens.ids))
         return self._hashes[key]
 
-    def match(self, prompt: Int32Array, facts: EngineFacts) -> SharedPrefix:
+    def match(self, prompt: Int32Array | list[int], facts: EngineFacts) -> SharedPrefix:
         """Returns the longest registered prefix whose full blocks `prompt` begins with.
 
         Args:
-            prompt: int32 [n].
+            prompt: token ids, [n].
         """
-        first = prompt[: facts.block_size].astype("<i4").tobytes()
+        first = np.array(prompt[: facts.block_size], "<i4").tobytes()
         for candidate in self._candidates(facts).get(first, ()):
             count = len(candidate.ids)
             if np.array_equal(prompt[:count], candidate.ids):
