@@ -152,7 +152,11 @@ class Client:
         address: host:port, or what else gRPC resolves, for example dns:///quire:7401.
         retry_seconds: how long to try again without any progress when the service is away, starts,
             or is full; 0: not at all.
+        token: shown with every call, if it is not empty; without `tls` it travels in plain text.
         tls: None: plain text.
+
+    Raises:
+        ValueError: the token is no printable ASCII without spaces.
     """
 
     def __init__(
@@ -160,10 +164,11 @@ class Client:
         address: str = DEFAULT_ADDRESS,
         *,
         retry_seconds: float = 30.0,
+        token: str = "",
         tls: wire.Tls | None = None,
     ) -> None:
         self.address, self.retry_seconds = address, retry_seconds
-        self._tls = tls
+        self._metadata, self._tls = wire.bearer(token), tls
 
     async def __aenter__(self) -> Client:
         # Not before there is an event loop: a channel belongs to one.
@@ -219,7 +224,7 @@ class Client:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
-            call = self._stub.Generate(progress.resume(), timeout=left)
+            call = self._stub.Generate(progress.resume(), timeout=left, metadata=self._metadata)
             try:
                 async for event in call:
                     if progress.take(event):
@@ -264,18 +269,24 @@ class Client:
             CallError: NOT_FOUND, no such generation runs there.
         """
         try:
-            await self._stub.Cancel(pb.CancelRequest(request_id=request_id))
+            request = pb.CancelRequest(request_id=request_id)
+            await self._stub.Cancel(request, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise CallError.of(error, self.address) from None
 
 
 def generate_text(
-    prompt: Prompt, address: str = DEFAULT_ADDRESS, **options: Unpack[Options]
+    prompt: Prompt,
+    address: str = DEFAULT_ADDRESS,
+    *,
+    token: str = "",
+    tls: wire.Tls | None = None,
+    **options: Unpack[Options],
 ) -> str:
     """Generates one text from code that is not asynchronous. Raises CallError."""
 
     async def call() -> str:
-        async with Client(address) as client:
+        async with Client(address, token=token, tls=tls) as client:
             return await client.text(prompt, **options)
 
     return asyncio.run(call())

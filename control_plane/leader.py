@@ -165,7 +165,7 @@ class EngineLeader:
 
     def _is_ours(self, generation: Generation) -> bool:
         """Whether a generation still waits for this engine, and not for another by now."""
-        running = self._generations.running(generation.request.request_id) is generation
+        running = self._generations.running(generation.request.key) is generation
         here = self.facts is not None and generation.engine_id == self.facts.engine_id
         return running and here and not generation.finished
 

@@ -7,10 +7,13 @@ import logging
 import signal
 from contextlib import suppress
 
+import grpc
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import start_http_server
 
 from control_plane import admin, frontend
+from control_plane.access import Access, anonymous_roles
+from control_plane.authorisation import Authorisation, tenant_of
 from control_plane.engine_link import EngineLink
 from control_plane.generation import Generations
 from control_plane.leader import EngineLeader, LeaderState
@@ -35,6 +38,9 @@ class Replica:
         self.settings = settings
         self.index = PrefixIndex(
             settings.redis_url,
+            username=settings.redis_username,
+            password=settings.redis_password,
+            ca=settings.redis_ca,
             namespace=settings.index_namespace,
             lookup_timeout_seconds=settings.index_timeout_ms / 1000,
         )
@@ -43,11 +49,15 @@ class Replica:
         self.router.leaders += [self._leader(address) for address in _addresses(settings.engines)]
         self.metrics = Metrics()
         self.frontend = frontend.Frontend(
-            self.router, self.generations, self.metrics, settings.max_waiting_seconds
+            self.router, self.generations, self.metrics, settings.max_waiting_seconds, tenant_of
         )
+        self.access = Access(settings.access, anonymous_roles(settings.anonymous_roles))
+        guard = Authorisation(self.access, reflection=settings.reflection).guard()
         self._tasks: list[asyncio.Task[None]] = []
-        self._servers = [wire.server(), wire.server()]
+        self._servers = [wire.server(guard), wire.server(guard)]
+        self._probed: grpc.aio.Server | None = None
         self.ports: list[int] = []
+        self.health_port = 0
 
     def _leader(self, address: str) -> EngineLeader:
         settings = self.settings
@@ -82,6 +92,10 @@ class Replica:
         for server, address in zip(self._servers, addresses, strict=True):
             self.ports.append(wire.listen(server, address, self.settings.tls))
             await server.start()
+        if self.settings.health_listen:
+            self._probed, self.health_port = await wire.serve_health(
+                self.settings.health_listen, healths[0]
+            )
         if self.settings.metrics_port:
             host = self.settings.listen.rpartition(":")[0].strip("[]")
             start_http_server(self.settings.metrics_port, host, self.metrics.registry)
@@ -89,9 +103,19 @@ class Replica:
         await self.index.start()
         self._tasks = [asyncio.create_task(leader.run()) for leader in self.router.leaders]
         self._tasks.append(asyncio.create_task(self._report_health(healths)))
+        self._tasks.append(asyncio.create_task(self.access.follow()))
         for task in self._tasks:
             task.add_done_callback(_log_failure)
+        self._warn()
         log.info("inference API on port %d, admin API on port %d", *self.ports)
+
+    def _warn(self) -> None:
+        """Says what can hardly be meant."""
+        tls = self.settings.tls
+        if self.access.knows_tokens and tls is None:
+            log.warning("tokens come in plain text, since there is no tls-certificate")
+        if self.access.knows_certificates and (tls is None or tls.ca is None):
+            log.warning("nobody is known by a certificate, since there is no tls-ca")
 
     async def _report_health(self, healths: list[health.aio.HealthServicer]) -> None:
         """SERVING while at least one engine is led, so that traffic goes where it is answered."""
@@ -118,6 +142,8 @@ class Replica:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._servers[1].stop(0)
+        if self._probed is not None:
+            await self._probed.stop(0)
         for leader in self.router.leaders:
             await leader.link.close()
         await self.index.close()

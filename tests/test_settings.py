@@ -144,7 +144,7 @@ def test_reflection_is_by_opt_in(llama: Model, wanted: bool) -> None:
                 assert "quire.inference.v1.InferenceService" in await names(stack)
             else:
                 error = await failure(names(stack))
-                assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+                assert error.code() is grpc.StatusCode.PERMISSION_DENIED
 
     asyncio.run(main())
 
