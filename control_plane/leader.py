@@ -98,7 +98,7 @@ class EngineLeader:
 
     async def run(self) -> None:
         """Leads the engine whenever it lets this replica; until cancelled."""
-        lost_at = time.monotonic()
+        lost_at, denied = time.monotonic(), False
         while True:
             try:
                 await self._lead()
@@ -109,6 +109,11 @@ class EngineLeader:
                     log.warning("engine %s lost: %s", self.link.address, lost)
                     lost_at = time.monotonic()
                     self.last_failure = Failure(str(lost), lost_at)
+                elif lost.denied and not denied:
+                    log.error(
+                        "engine %s does not let this replica lead: %s", self.link.address, lost
+                    )
+                denied = lost.denied
                 self.state = LeaderState.CONNECTING
             except Exception:
                 # A fault of our own. Requests that are there each time it happens are failed, as

@@ -269,7 +269,8 @@ class PrefixIndex:
 
     def _went_down(self, error: Exception) -> None:
         if self.up:
-            log.warning("prefix index is down, going on without hits: %r", error)
+            kind = type(error).__name__
+            log.warning("prefix index is down, going on without hits: %s: %s", kind, error)
         self.up = False
         # A slow answer says nothing about the sets; a lost server may come back without them.
         if not isinstance(error, TimeoutError):

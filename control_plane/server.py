@@ -90,7 +90,7 @@ class Replica:
             wire.add_reflection(operators, [admin.SERVICE])
         addresses = (self.settings.listen, self.settings.admin_listen)
         for server, address in zip(self._servers, addresses, strict=True):
-            self.ports.append(wire.listen(server, address, self.settings.tls))
+            self.ports.append(wire.listen(server, address, self.settings.listen_tls))
             await server.start()
         if self.settings.health_listen:
             self._probed, self.health_port = await wire.serve_health(
@@ -111,11 +111,11 @@ class Replica:
 
     def _warn(self) -> None:
         """Says what can hardly be meant."""
-        tls = self.settings.tls
+        tls = self.settings.listen_tls
         if self.access.knows_tokens and tls is None:
             log.warning("tokens come in plain text, since there is no tls-certificate")
         if self.access.knows_certificates and (tls is None or tls.ca is None):
-            log.warning("nobody is known by a certificate, since there is no tls-ca")
+            log.warning("nobody is known by a certificate, since none is asked for")
 
     async def _report_health(self, healths: list[health.aio.HealthServicer]) -> None:
         """SERVING while at least one engine is led, so that traffic goes where it is answered."""

@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     tls_certificate: Path | None = Field(None, description="PEM file; together with tls-key")
     tls_key: Path | None = Field(None, description="PEM file")
     tls_ca: Path | None = Field(None, description="PEM file; peers must be signed by it")
+    client_certificates: bool = Field(
+        True, description="callers must have a certificate that tls-ca signed; engines must anyway"
+    )
     reflection: bool = Field(False, description="serve gRPC reflection")
     check_invariants: bool = Field(False, description="verify block conservation after every step")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
@@ -96,6 +99,12 @@ class Settings(BaseSettings):
     @property
     def tls(self) -> wire.Tls | None:
         return wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
+
+    @property
+    def listen_tls(self) -> wire.Tls | None:
+        """Of the servers: without `client_certificates` they ask callers for none."""
+        ca = self.tls_ca if self.client_certificates else None
+        return None if self.tls is None else wire.Tls(self.tls_certificate, self.tls_key, ca)
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from protos import wire
+
+log = logging.getLogger(__name__)
 
 # Asked with the full name of a method, "/package.Service/Method". Raises RpcError for a call that
 # may not go on; what it sets in context variables, the method's handler finds there.
@@ -51,15 +55,11 @@ class Guard(grpc.aio.ServerInterceptor):
 
 
 def _guarded(handler: Handler | None, method: str, check: Check) -> Handler:
-    async def pass_check(context: wire.Context) -> None:
-        try:
-            check(method, context)
-        except wire.RpcError as error:
-            await wire.abort(context, error)
-
     async def absent(_: AsyncIterator[bytes], context: wire.Context) -> None:
-        await pass_check(context)
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method here")
+        async with _told(method, context):
+            check(method, context)
+            sentence = "there is no such method here"
+            raise wire.RpcError(grpc.StatusCode.UNIMPLEMENTED, sentence)
 
     if handler is None:
         # This kind answers without waiting for a message, whatever the caller takes it for.
@@ -70,16 +70,18 @@ def _guarded(handler: Handler | None, method: str, check: Check) -> Handler:
     parse = handler.request_deserializer
 
     async def from_one(data: bytes, context: wire.Context) -> Any:
-        await pass_check(context)
-        try:
-            message = parse(data) if parse else data
-        except DecodeError:
-            await wire.abort(context, wire.bad_field("request", "cannot be read"))
-        return await _answer(behaviour(message, context), context)
+        async with _told(method, context):
+            check(method, context)
+            try:
+                message = parse(data) if parse else data
+            except DecodeError as error:
+                raise wire.bad_field("request", "cannot be read") from error
+            return await _answer(behaviour(message, context), context)
 
     async def from_many(requests: AsyncIterator[Any], context: wire.Context) -> Any:
-        await pass_check(context)
-        return await _answer(behaviour(requests, context), context)
+        async with _told(method, context):
+            check(method, context)
+            return await _answer(behaviour(requests, context), context)
 
     make = _MAKERS[bool(handler.request_streaming), bool(handler.response_streaming)]
     if handler.request_streaming:
@@ -93,6 +95,21 @@ _MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {
     (True, False): grpc.stream_unary_rpc_method_handler,
     (True, True): grpc.stream_stream_rpc_method_handler,
 }
+
+
+@asynccontextmanager
+async def _told(method: str, context: wire.Context) -> AsyncIterator[None]:
+    """Lets the caller know of errors that are its own; of others no more than where to ask."""
+    try:
+        yield
+    except wire.RpcError as error:
+        await wire.abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        reference = uuid.uuid4().hex[:12]
+        log.exception("error %s in %s", reference, method)
+        await context.abort(grpc.StatusCode.INTERNAL, f"internal error {reference}")
 
 
 async def _answer(outcome: Any, context: wire.Context) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -36,6 +39,7 @@ from protos.engine.v1 import engine_pb2, engine_pb2_grpc
 from protos.inference.v1 import inference_pb2 as pb
 from protos.inference.v1 import inference_pb2_grpc
 from tests.certificates import Authority
+from tests.processes import ROOT
 from tests.stack import Answer, Stack, failure, led, request, running_engine, running_replica
 from tests.stack import running_stack as running_open_stack
 
@@ -248,7 +252,7 @@ async def raw(
     return grpc.StatusCode.OK
 
 
-def test_methods_are_denied_by_default(llama: Model) -> None:
+def test_methods_are_denied_by_default(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     denied = grpc.StatusCode.PERMISSION_DENIED
 
     async def main() -> None:
@@ -269,6 +273,12 @@ def test_methods_are_denied_by_default(llama: Model) -> None:
             assert await raw(stack.admin_channel, inference + "Cancel") is unimplemented
             invalid = grpc.StatusCode.INVALID_ARGUMENT
             assert await raw(stack.channel, inference + "Cancel") is invalid
+            # What goes wrong in a handler is nobody's business.
+            monkeypatch.setattr(stack.replica.frontend, "_generations", "secret")
+            error = await failure(stack.stub.Cancel(pb.CancelRequest(request_id="x")))
+            assert error.code() is grpc.StatusCode.INTERNAL
+            assert re.fullmatch("internal error [0-9a-f]{12}", str(error.details()))
+            monkeypatch.undo()
             health = health_pb2_grpc.HealthStub(stack.admin_channel)
             answer = await health.Check(health_pb2.HealthCheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
@@ -362,6 +372,16 @@ def test_tokens(llama: Model, llama_directory: Path, tmp_path: Path) -> None:
     for token in ("a b", "ä", "a\n"):
         with pytest.raises(ValueError, match="printable"):
             Client(token=token)
+
+
+def quire(*arguments: str, token: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command with QUIRE_TOKEN and no other setting in its environment."""
+    environment = {key: value for key, value in os.environ.items() if "QUIRE" not in key}
+    code = "from control_plane.cli.commands import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment | {"QUIRE_TOKEN": token},
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
 
 
 async def _works(client: Client) -> bool:
@@ -561,7 +581,9 @@ async def claims(port: int, tls: wire.Tls | None) -> bool:
         return answer is not grpc.aio.EOF and answer.HasField("granted")
 
 
-def test_only_those_who_may_lead_use_an_engine(llama: Model, tmp_path: Path) -> None:
+def test_only_those_who_may_lead_use_an_engine(
+    llama: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "elsewhere").mkdir()
     authority = Authority(tmp_path)
     stranger = Authority(tmp_path / "elsewhere", "stranger")
@@ -595,9 +617,16 @@ def test_only_those_who_may_lead_use_an_engine(llama: Model, tmp_path: Path) -> 
             for other in (None, wire.Tls(ca=own.ca), stranger.issue("control-plane"), expired):
                 error = await failure(claims(port, other))
                 assert error.code() is grpc.StatusCode.UNAVAILABLE
-            files = {"tls_certificate": leaders[0].certificate, "tls_key": leaders[0].key}
-            async with running_replica([port], tls_ca=own.ca, **files) as replica:
+
+            def files(tls: wire.Tls) -> dict[str, object]:
+                return {"tls_certificate": tls.certificate, "tls_key": tls.key, "tls_ca": tls.ca}
+
+            async with running_replica([port], **files(leaders[0])) as replica:
                 await led(replica)
+            async with running_replica([port], **files(frontend)):
+                await asyncio.sleep(0.5)
+            (said,) = [each for each in caplog.records if "does not let" in each.message]
+            assert "has no name that may lead" in said.message
         async with running_engine(Engine(llama, SIZES), None, tls=own) as (_, port):
             assert await claims(port, frontend)
 
@@ -676,25 +705,45 @@ def test_tokens_over_tls_without_certificates_of_clients(
     stranger = Authority(tmp_path / "elsewhere", "stranger")
     own = authority.issue("quire")
     path = write(tmp_path / "access.yaml", token_caller("search", "generate"))
-    only = {"tls_certificate": own.certificate, "tls_key": own.key}
+    files = {"tls_certificate": own.certificate, "tls_key": own.key, "tls_ca": own.ca}
 
     async def text(address: str, tls: wire.Tls | None, token: str = "search-token") -> str:
         async with Client(address, token=token, tls=tls, retry_seconds=0) as client:
             return await client.text("a b", max_tokens=3)
 
     async def main() -> None:
-        engine_tls = wire.Tls(own.certificate, own.key)
-        engine = running_engine(Engine(llama, SIZES), llama_directory, tls=engine_tls)
+        settings = {"access": path, "anonymous_roles": "", "client_certificates": False} | files
+        names = frozenset({"quire"})
+        engine = running_engine(Engine(llama, SIZES), llama_directory, tls=own, leaders=names)
         async with engine as (_, port):
-            async with running_replica([port], access=path, anonymous_roles="", **only) as replica:
-                # Without a CA of its own the replica does not trust the engine.
+            async with running_replica([port], **settings) as replica:
+                await led(replica)
                 address = f"127.0.0.1:{replica.ports[0]}"
                 for tls in (None, wire.Tls(), wire.Tls(ca=stranger.ca)):
                     with pytest.raises(CallError) as raised:
                         await text(address, tls)
                     assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+                assert await text(address, wire.Tls(ca=own.ca))
+                (tmp_path / "token").write_text("search-token\n")
+                token_file = ("--token-file", str(tmp_path / "token"))
+                ask = ("generate", "--address", address, "--tls-ca", str(own.ca), "--raw", "a b")
+                for more, token, status in (
+                    (token_file, "", 0),
+                    ((), "search-token", 0),
+                    (token_file, "wrong", 0),
+                    ((), "wrong", 1),
+                    ((), "a b", 2),
+                    (("--tls-key", str(own.key)), "", 2),
+                ):
+                    answer = await asyncio.to_thread(quire, *ask, *more, token=token)
+                    assert answer.returncode == status, answer.stderr
+                    assert answer.stderr.startswith("error: ") is bool(status)
+                assert "not known" in (await asyncio.to_thread(quire, *ask, token="wrong")).stderr
+                # One that is not asked for is not believed either.
+                with pytest.raises(CallError) as raised:
+                    await text(address, authority.issue("search"), "")
+                assert raised.value.code is grpc.StatusCode.PERMISSION_DENIED
                 for token, code in (
-                    ("search-token", grpc.StatusCode.UNAVAILABLE),
                     ("wrong", grpc.StatusCode.UNAUTHENTICATED),
                     ("", grpc.StatusCode.PERMISSION_DENIED),
                 ):
