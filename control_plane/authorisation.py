@@ -26,7 +26,11 @@ TENANT_KEY = "quire-tenant"
 RELAY_KEY = "quire-relay"
 
 _ANYBODY: frozenset[Role] = frozenset()
-_REFLECTION_METHOD = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+# Clients ask for the newer version first, and for the one that there is when it is unimplemented.
+_REFLECTION_METHODS = tuple(
+    f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+    for version in ("v1", "v1alpha")
+)
 _READING = (
     "ListEngines",
     "ListSequences",
@@ -71,7 +75,7 @@ class Authorisation:
 
     def __init__(self, access: Access, *, reflection: bool) -> None:
         self._access = access
-        self._roles = ROLES | ({_REFLECTION_METHOD: _ANYBODY} if reflection else {})
+        self._roles = ROLES | dict.fromkeys(_REFLECTION_METHODS if reflection else (), _ANYBODY)
 
     def guard(self) -> Guard:
         """Makes the interceptor of a server."""

@@ -202,6 +202,9 @@ def test_reflection_is_by_opt_in(llama: Model, wanted: bool) -> None:
         async with running_stack(llama, reflection=wanted) as stack:
             if wanted:
                 assert "quire.inference.v1.InferenceService" in await names(stack)
+                newer = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+                error = await failure(stack.channel.stream_stream(newer)(iter([b""])).read())
+                assert error.code() is grpc.StatusCode.UNIMPLEMENTED
             else:
                 error = await failure(names(stack))
                 assert error.code() is grpc.StatusCode.PERMISSION_DENIED
