@@ -9,6 +9,7 @@ import uvloop
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
+from control_plane.prefixes.file import BadPrefixesFile
 from control_plane.server import serve
 from control_plane.settings import Settings
 
@@ -24,7 +25,11 @@ def main() -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    uvloop.run(serve(settings))
+    try:
+        uvloop.run(serve(settings))
+    except BadPrefixesFile as error:
+        print(f"setting prefixes: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,43 +1,70 @@
-"""The admin API: what this replica's engines hold. Knows grpc and pb2."""
+"""The admin API: what this replica's engines hold, and what operators want. Knows grpc and pb2."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
+import numpy as np
 
-from control_plane.leader import EngineLeader, LeaderState
-from control_plane.request import Sequence
-from control_plane.router import Router
+from control_plane import admin_views as views
+from control_plane.engine_link import EngineFacts
+from control_plane.leader import EngineLeader
+from control_plane.prefix_index import EngineLife, PrefixIndex
+from control_plane.prefixes.explainer import Explainer
+from control_plane.prefixes.keeper import PrefixKeeper
+from control_plane.prefixes.registered import BadPrefix, Definition, RegisteredPrefixes
+from control_plane.prefixes.stats import PrefixHits
+from control_plane.prefixes.store import (
+    RegisteredStore,
+    Saved,
+    StoreUnavailable,
+    TooManyPrefixes,
+)
+from control_plane.prompts import tokenise
+from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
 from control_plane.scheduler import Scheduler
-from protos import wire
+from control_plane.tokenizer import PromptTokenizer
+from protos import validation, wire
 from protos.admin.v1 import admin_pb2 as pb
 from protos.admin.v1 import admin_pb2_grpc
+from protos.inference.v1 import inference_pb2
 
 SERVICE = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
 
-_STATES = {
-    LeaderState.CONNECTING: pb.ENGINE_STATE_CONNECTING,
-    LeaderState.LED: pb.ENGINE_STATE_LED,
-    LeaderState.FOLLOWED: pb.ENGINE_STATE_FOLLOWED,
-}
 Item = TypeVar("Item")
 
 
-class Admin(admin_pb2_grpc.AdminServiceServicer):
-    """Reads the leaders' state; changes nothing."""
+@dataclass(frozen=True, slots=True)
+class Operated:
+    """What of a replica operators look at and change."""
 
-    def __init__(self, router: Router) -> None:
-        self._router = router
+    router: Router
+    index: PrefixIndex
+    registered: RegisteredPrefixes
+    store: RegisteredStore
+    keeper: PrefixKeeper
+
+
+class Admin(admin_pb2_grpc.AdminServiceServicer):
+    """Thin: finds what a call is about, and shows it."""
+
+    def __init__(self, operated: Operated) -> None:
+        self._router, self._index = operated.router, operated.index
+        self._registered, self._store = operated.registered, operated.store
+        self._keeper = operated.keeper
+        self._explainer = Explainer(self._router, self._index, self._registered)
+
+    # Engines, sequences and blocks.
 
     async def ListEngines(
         self, message: pb.ListEnginesRequest, context: wire.Context
     ) -> pb.ListEnginesResponse:
-        engines = [_engine(leader) for leader in self._router.leaders]
+        engines = [views.engine(leader) for leader in self._router.leaders]
         page, token = await _page(engines, message.page_size, message.page_token, context)
         return pb.ListEnginesResponse(engines=page, next_page_token=token)
 
@@ -45,7 +72,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         self, message: pb.ListSequencesRequest, context: wire.Context
     ) -> pb.ListSequencesResponse:
         sequences = [
-            _sequence(leader, scheduler, sequence)
+            views.sequence(leader, scheduler, sequence)
             for leader, scheduler in self._led(message.engine_id)
             for group in scheduler.groups
             for sequence in group.sequences
@@ -63,30 +90,219 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
                     continue
                 for sequence in group.resident():
                     if sequence.sample_index == message.sample:
-                        return pb.GetBlockTableResponse(blocks=_blocks(scheduler, sequence.slot))
+                        blocks = views.block_table(scheduler, sequence.slot)
+                        return pb.GetBlockTableResponse(blocks=blocks)
         sentence = "no such sequence is resident on an engine that this replica leads"
         return await wire.abort(
             context, wire.failed(grpc.StatusCode.NOT_FOUND, "NO_SEQUENCE", sentence)
         )
 
+    async def GetBlockMap(
+        self, message: pb.GetBlockMapRequest, context: wire.Context
+    ) -> pb.GetBlockMapResponse:
+        for _, scheduler in self._led(message.engine_id):
+            if message.engine_id:
+                return views.block_map(scheduler)
+        return await wire.abort(context, _no_engine(message.engine_id))
+
+    # Prefixes.
+
     async def ListPrefixes(
         self, message: pb.ListPrefixesRequest, context: wire.Context
     ) -> pb.ListPrefixesResponse:
+        found = self._hits(message.engine_id)
+        page, token = await _page(found, message.page_size, message.page_token, context)
+        holders = await self._holders(page)
         prefixes = [
-            prefix
-            for leader, scheduler in self._led(message.engine_id)
-            for prefix in _prefixes(leader, scheduler)
+            views.prefix(
+                hits, facts.model, self._is_pinned(facts, hits.digest), holders[hits.digest]
+            )
+            for facts, hits in page
         ]
-        prefixes.sort(key=lambda prefix: -prefix.saved_token_count)
-        page, token = await _page(prefixes, message.page_size, message.page_token, context)
-        return pb.ListPrefixesResponse(prefixes=page, next_page_token=token)
+        return pb.ListPrefixesResponse(prefixes=prefixes, next_page_token=token)
+
+    async def ExplainPrompt(
+        self, message: pb.ExplainPromptRequest, context: wire.Context
+    ) -> pb.ExplainPromptResponse:
+        try:
+            facts, tokenizer = self._model(message.model)
+            form = message.WhichOneof("prompt")
+            if form is None:
+                raise wire.bad_field("prompt", "is missing")
+            prompt = inference_pb2.GenerateRequest(**{form: getattr(message, form)})
+            limits = validation.ModelLimits(facts.vocabulary_size, facts.max_length)
+            validation.check_request(prompt, limits)
+            ids = np.array(await tokenise(prompt, tokenizer), np.int32)
+        except wire.RpcError as error:
+            await wire.abort(context, error)
+        found = await self._explainer.prompt(ids, message.tenant, facts)
+        return pb.ExplainPromptResponse(explanation=views.explanation(found))
+
+    async def ExplainRequest(
+        self, message: pb.ExplainRequestRequest, context: wire.Context
+    ) -> pb.ExplainRequestResponse:
+        lookup = self._router.lookups.get(message.request_id)
+        if lookup is None or lookup.facts is None:
+            known = "is not known to this replica, or too long ago"
+            sentence = known if lookup is None else "waits for an engine"
+            error = wire.failed(grpc.StatusCode.NOT_FOUND, "NO_LOOKUP", f"this request {sentence}")
+            await wire.abort(context, error)
+        found = await self._explainer.request(lookup, lookup.facts)
+        explanation = views.explanation(found, message.request_id)
+        return pb.ExplainRequestResponse(explanation=explanation)
+
+    # Registered prefixes.
+
+    async def ListRegisteredPrefixes(
+        self, message: pb.ListRegisteredPrefixesRequest, context: wire.Context
+    ) -> pb.ListRegisteredPrefixesResponse:
+        shown = [self._shown(each) for each in self._registered.definitions]
+        return pb.ListRegisteredPrefixesResponse(prefixes=shown)
+
+    async def RegisterPrefix(
+        self, message: pb.RegisterPrefixRequest, context: wire.Context
+    ) -> pb.RegisterPrefixResponse:
+        try:
+            if message.form not in pb.PrefixForm.values():
+                raise wire.bad_field("form", f"is {message.form}; there is no such form")
+            definition = Definition(
+                message.name,
+                message.text,
+                system=message.form != pb.PREFIX_FORM_PLAIN,
+                pinned=message.pinned,
+            )
+            self._check_not_declared(message.name)
+            return pb.RegisterPrefixResponse(prefix=await self._put(definition))
+        except BadPrefix as error:
+            await wire.abort(context, wire.bad_field(error.field, str(error)))
+        except wire.RpcError as error:
+            await wire.abort(context, error)
+
+    async def UpdatePrefix(
+        self, message: pb.UpdatePrefixRequest, context: wire.Context
+    ) -> pb.UpdatePrefixResponse:
+        try:
+            known = self._definition(message.name)
+            self._check_not_declared(message.name)
+            changed = Definition(known.name, known.text, known.system, message.pinned)
+            return pb.UpdatePrefixResponse(prefix=await self._put(changed))
+        except wire.RpcError as error:
+            await wire.abort(context, error)
+
+    async def UnregisterPrefix(
+        self, message: pb.UnregisterPrefixRequest, context: wire.Context
+    ) -> pb.UnregisterPrefixResponse:
+        try:
+            self._definition(message.name)
+            self._check_not_declared(message.name)
+            await self._store.remove(message.name)
+        except StoreUnavailable as error:
+            await wire.abort(context, _unavailable(error))
+        except wire.RpcError as error:
+            await wire.abort(context, error)
+        return pb.UnregisterPrefixResponse()
+
+    async def WarmPrefix(
+        self, message: pb.WarmPrefixRequest, context: wire.Context
+    ) -> pb.WarmPrefixResponse:
+        try:
+            definition = self._definition(message.name)
+            await self._store.warm(message.name)
+        except StoreUnavailable as error:
+            await wire.abort(context, _unavailable(error))
+        except wire.RpcError as error:
+            await wire.abort(context, error)
+        await self._keeper.attend()
+        return pb.WarmPrefixResponse(prefix=self._shown(definition))
+
+    async def _put(self, definition: Definition) -> pb.RegisteredPrefix:
+        try:
+            await self._store.put(definition)
+        except TooManyPrefixes as error:
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED
+            raise wire.failed(code, "TOO_MANY_PREFIXES", str(error)) from error
+        except StoreUnavailable as error:
+            raise _unavailable(error) from error
+        await self._keeper.attend()
+        return self._shown(definition)
+
+    def _shown(self, definition: Definition) -> pb.RegisteredPrefix:
+        saved = self._store.saved.get(definition.name, Saved())
+        return views.registered_prefix(definition, self._keeper.standing(definition), saved)
+
+    def _definition(self, name: str) -> Definition:
+        definition = self._registered.get(name)
+        if definition is None:
+            sentence = f"no prefix is registered as {name!r}"
+            raise wire.failed(grpc.StatusCode.NOT_FOUND, "NO_PREFIX", sentence)
+        return definition
+
+    def _check_not_declared(self, name: str) -> None:
+        definition = self._registered.get(name)
+        if definition is not None and definition.declared:
+            sentence = f"{name} is declared in the file of --prefixes; change it there"
+            code = grpc.StatusCode.FAILED_PRECONDITION
+            raise wire.failed(code, "DECLARED_IN_FILE", sentence)
+
+    # Finding things.
 
     def _led(self, engine_id: str) -> list[tuple[EngineLeader, Scheduler]]:
         return [
             (leader, leader.scheduler)
             for leader in self._router.leaders
-            if leader.scheduler is not None and engine_id in ("", _engine_id(leader))
+            if leader.scheduler is not None and engine_id in ("", views.engine_id(leader))
         ]
+
+    def _model(self, name: str) -> tuple[EngineFacts, PromptTokenizer | None]:
+        try:
+            loop = self._router.candidates(name)[0]
+            return loop.facts, loop.tokenizer
+        except UnknownModel as error:
+            raise wire.failed(grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL", str(error)) from error
+        except AmbiguousModel as error:
+            raise wire.bad_field("model", str(error)) from error
+        except NoEngine as error:
+            raise wire.failed(grpc.StatusCode.UNAVAILABLE, "NO_ENGINE", str(error)) from error
+
+    def _hits(self, engine_id: str) -> list[tuple[EngineFacts, PrefixHits]]:
+        """Prefixes that were hit, those of several engines added up, most tokens saved first."""
+        merged: dict[bytes, tuple[EngineFacts, PrefixHits]] = {}
+        for leader, scheduler in self._led(""):
+            if leader.facts is None:
+                continue
+            for hits in leader.cache_log.stats.top():
+                if engine_id in ("", leader.facts.engine_id) or scheduler.pool.holds(hits.digest):
+                    former = merged.get(hits.digest)
+                    both = hits if former is None else former[1].plus(hits)
+                    merged[hits.digest] = leader.facts, both
+        return sorted(merged.values(), key=lambda found: -found[1].saved_tokens)
+
+    async def _holders(
+        self, found: Items[tuple[EngineFacts, PrefixHits]]
+    ) -> dict[bytes, dict[str, int]]:
+        """References to each prefix's last block, by engine; 0 where another replica leads."""
+        digests = [hits.digest for _, hits in found]
+        holders: dict[bytes, dict[str, int]] = {digest: {} for digest in digests}
+        for leader, scheduler in self._led(""):
+            for digest in digests:
+                block = scheduler.pool.block_of(digest)
+                if block is not None:
+                    references = int(scheduler.pool.reference_counts[block])
+                    holders[digest][views.engine_id(leader)] = references
+        for leader in self._router.leaders:
+            if leader.loop is None and leader.facts is not None:
+                life = EngineLife(leader.facts.engine_id, leader.facts.incarnation)
+                held = await self._index.holders(leader.facts.fingerprint, [life], digests)
+                for digest in held[life]:
+                    holders[digest][life.engine_id] = 0
+        return holders
+
+    def _is_pinned(self, facts: EngineFacts, digest: bytes) -> bool:
+        return any(
+            digest in self._registered.hashes(each, facts)
+            for each in self._registered.definitions
+            if each.pinned
+        )
 
 
 async def _page(
@@ -103,93 +319,11 @@ async def _page(
     return items[begin:end], str(end) if end < len(items) else ""
 
 
-def _engine_id(leader: EngineLeader) -> str:
-    return leader.facts.engine_id if leader.facts else ""
+def _no_engine(engine_id: str) -> wire.RpcError:
+    sentence = f"this replica leads no engine {engine_id!r}"
+    return wire.failed(grpc.StatusCode.NOT_FOUND, "NO_ENGINE", sentence)
 
 
-def _engine(leader: EngineLeader) -> pb.Engine:
-    engine = pb.Engine(
-        address=leader.link.address,
-        state=_STATES[leader.state],
-        epoch=leader.epoch,
-        step=leader.loop.step if leader.loop else 0,
-        leader_address=leader.leader_address,
-    )
-    if leader.facts is not None:
-        engine.engine_id = leader.facts.engine_id
-        engine.model = leader.facts.model
-        engine.incarnation = leader.facts.incarnation
-        engine.block_size_tokens = leader.facts.block_size
-        engine.block_count = leader.facts.block_count
-    if (failure := leader.last_failure) is not None:
-        engine.last_failure = failure.sentence
-        engine.last_failure_age_seconds = time.monotonic() - failure.at
-    if (scheduler := leader.scheduler) is not None:
-        engine.free_block_count = scheduler.pool.free_count
-        engine.cached_block_count = scheduler.pool.cached_count
-        engine.used_block_count = scheduler.pool.used_count
-        engine.running_sequence_count = scheduler.running_count
-        engine.waiting_request_count = scheduler.waiting_count
-        engine.prefix_hit_token_count = scheduler.totals.cached_tokens
-        engine.prefix_query_token_count = scheduler.totals.prompt_tokens
-        engine.preemption_count = scheduler.totals.preemptions
-        engine.swap_count = scheduler.totals.swaps
-        engine.host_block_count = scheduler.limits.host_block_count
-        engine.used_host_block_count = scheduler.swap.pool.used_count
-    return engine
-
-
-def _sequence(leader: EngineLeader, scheduler: Scheduler, sequence: Sequence) -> pb.Sequence:
-    request, slot, table = sequence.group.request, sequence.slot, scheduler.slots
-    resident = slot >= 0
-    length = int(table.known[slot]) if resident else len(sequence.tokens)
-    state = pb.SEQUENCE_STATE_WAITING
-    if resident:
-        prefilling = table.computed[slot] < len(request.prompt)
-        state = pb.SEQUENCE_STATE_PREFILL if prefilling else pb.SEQUENCE_STATE_DECODE
-        if table.swapped[slot]:
-            state = pb.SEQUENCE_STATE_SWAPPED
-    return pb.Sequence(
-        engine_id=_engine_id(leader),
-        request_id=request.request_id,
-        sample=sequence.sample_index,
-        state=state,
-        slot=slot,
-        prompt_token_count=len(request.prompt),
-        cached_token_count=sequence.cached,
-        output_token_count=max(length - len(request.prompt), 0),
-        block_count=int(table.block_count[slot]) if resident else 0,
-        priority=request.priority,
-    )
-
-
-def _blocks(scheduler: Scheduler, slot: int) -> list[pb.BlockEntry]:
-    pool = scheduler.swap.pool if scheduler.slots.swapped[slot] else scheduler.pool
-    return [
-        pb.BlockEntry(
-            block_id=block,
-            reference_count=int(pool.reference_counts[block]),
-            prefix_hash=pool.hash_of(block) or b"",
-        )
-        for block in scheduler.slots.table(slot).tolist()
-    ]
-
-
-def _prefixes(leader: EngineLeader, scheduler: Scheduler) -> list[pb.Prefix]:
-    prefixes, now = [], time.monotonic()
-    for hits in leader.prefix_stats.top():
-        block = scheduler.pool.block_of(hits.digest)
-        references = 0 if block is None else int(scheduler.pool.reference_counts[block])
-        prefixes.append(
-            pb.Prefix(
-                engine_id=_engine_id(leader),
-                prefix_hash=hits.digest,
-                token_count=hits.token_count,
-                reference_count=references,
-                hit_count=hits.hits,
-                saved_token_count=hits.saved_tokens,
-                idle_seconds=now - hits.last_hit,
-                resident=block is not None,
-            )
-        )
-    return prefixes
+def _unavailable(error: StoreUnavailable) -> wire.RpcError:
+    sentence = f"{error}; registered prefixes are kept there, nothing is known to have changed"
+    return wire.failed(grpc.StatusCode.UNAVAILABLE, "NO_REDIS", sentence)

@@ -251,6 +251,16 @@ class BlockPool:
         added = [digest for digest, held in changes.items() if held]
         return added, [digest for digest, held in changes.items() if not held]
 
+    @property
+    def hashed(self) -> npt.NDArray[np.bool_]:
+        """Blocks that can be found by a hash, bool [block_count]."""
+        return self._hashed
+
+    @property
+    def pinned(self) -> npt.NDArray[np.bool_]:
+        """Blocks whose hash is pinned, bool [block_count]."""
+        return self._pinned
+
     def held_hashes(self) -> list[bytes]:
         return list(self._block_of)
 

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -28,11 +29,12 @@ from control_plane.generation import (
 from control_plane.metrics import Metrics
 from control_plane.overload import UNKNOWN
 from control_plane.plan import Logprob
+from control_plane.prompts import LONG_PROMPT, tokenise
+from control_plane.records import NOT_SHARED, SharedPrefix
 from control_plane.request import FinishReason, Request, pool_room
 from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
 from control_plane.scheduler import NeverFits
 from control_plane.step_loop import StepLoop
-from control_plane.tokenizer import PromptError, PromptTokenizer
 from control_plane.utf8 import find_invalid_utf8
 from control_plane.wait_queue import QueueFull
 from protos import validation, wire
@@ -42,8 +44,6 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
-# Longer prompts are tokenised and hashed beside the event loop.
-_LONG_PROMPT = 16_384
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -76,6 +76,7 @@ class Frontend:
     Args:
         max_waiting_seconds: how long a request may wait for an engine; 0: no limit.
         tenant_of: whose prefix cache a call uses, from its authenticated peer.
+        shared_prefix: the registered prefix that a prompt begins with.
     """
 
     def __init__(
@@ -85,9 +86,11 @@ class Frontend:
         metrics: Metrics,
         max_waiting_seconds: float = 0.0,
         tenant_of: Callable[[wire.Context], str] = lambda _: "",
+        shared_prefix: Callable[[list[int], EngineFacts], SharedPrefix] = lambda _, __: NOT_SHARED,
     ) -> None:
         self._router, self._generations = router, generations
         self._metrics, self._tenant_of = metrics, tenant_of
+        self._shared_prefix = shared_prefix
         self._max_waiting_seconds = max_waiting_seconds or math.inf
         self.draining = False
 
@@ -141,7 +144,7 @@ class Frontend:
             digest = records.request_digest(message)
             if (existing := self._existing(tenant, message.request_id, digest)) is not None:
                 return existing
-            prompt = await self._tokenise(message, tokenizer)
+            prompt = await tokenise(message, tokenizer)
             fitting = pool_room(
                 len(prompt),
                 max(message.output.sample_count, message.beam_search.width, 1),
@@ -184,26 +187,6 @@ class Frontend:
         sentence = f"request id {request_id} is running with a different request"
         raise wire.failed(grpc.StatusCode.ALREADY_EXISTS, "DIFFERENT_REQUEST", sentence)
 
-    async def _tokenise(
-        self, message: pb.GenerateRequest, tokenizer: PromptTokenizer | None
-    ) -> list[int]:
-        form = message.WhichOneof("prompt")
-        if form == "token_ids":
-            return list(message.token_ids.ids)
-        if tokenizer is None:
-            raise wire.bad_field(form or "prompt", "this model has no tokenizer; send token_ids")
-        try:
-            if form == "text":
-                if len(message.text) > _LONG_PROMPT:
-                    return await asyncio.to_thread(tokenizer.encode, message.text)
-                return tokenizer.encode(message.text)
-            turns = [(turn.role, turn.content) for turn in message.chat.messages]
-            if sum(len(content) for _, content in turns) > _LONG_PROMPT:
-                return await asyncio.to_thread(tokenizer.encode_chat, turns)
-            return tokenizer.encode_chat(turns)
-        except PromptError as error:
-            raise wire.bad_field(error.field, str(error)) from error
-
     async def _request(
         self,
         message: pb.GenerateRequest,
@@ -216,11 +199,9 @@ class Frontend:
         named = pb.GenerateRequest()
         named.CopyFrom(message)
         named.request_id = message.request_id or uuid.uuid4().hex
-        if len(prompt) > _LONG_PROMPT:
-            return await asyncio.to_thread(
-                records.new_request, named, prompt, max_tokens, facts, tenant, digest
-            )
-        return records.new_request(named, prompt, max_tokens, facts, tenant, digest)
+        make = partial(records.new_request, named, prompt, max_tokens, facts, tenant, digest)
+        shared = self._shared_prefix(prompt, facts)
+        return await asyncio.to_thread(make, shared) if len(prompt) > LONG_PROMPT else make(shared)
 
     def _submit(self, loop: StepLoop, generation: Generation) -> None:
         try:

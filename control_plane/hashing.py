@@ -3,7 +3,9 @@
 A block's hash is the first 128 bits of SHA-256 over a length-prefixed, domain-tagged encoding of
 everything that decides its keys and values: schema, model fingerprint, block size, salt, the
 parent's hash and the block's own token ids. Two blocks with the same hash are interchangeable;
-two tenants with different salts never share one.
+two tenants with different salts never share one, but for the blocks of a registered prefix at the
+beginning of their prompts: those are hashed as if there were no salt, and what follows them is
+chained to the salt again.
 """
 
 from __future__ import annotations
@@ -33,31 +35,39 @@ class PrefixHasher:
 
     def __init__(self, model_fingerprint: str, block_size: int, salt: str = "") -> None:
         self._block_size = block_size
-        root = b"".join(
+        geometry = b"".join(
             (
                 _field(b"schema", _SCHEMA),
                 _field(b"model", model_fingerprint.encode()),
                 _field(b"block", block_size.to_bytes(4, "little")),
-                _field(b"salt", salt.encode()),
             )
         )
-        self._root = hashlib.sha256(root).digest()[:HASH_BYTES]
+        self._salt = _field(b"salt", salt.encode()) if salt else b""
+        self._root = _digest(geometry + _field(b"salt", salt.encode()))
+        self._shared_root = _digest(geometry + _field(b"salt", b""))
         self._token_tag = b"tokens" + (4 * block_size).to_bytes(4, "little")
 
-    def extend(self, hashes: Sequence[bytes], tokens: np.ndarray) -> list[bytes]:
+    def extend(self, hashes: Sequence[bytes], tokens: np.ndarray, shared: int = 0) -> list[bytes]:
         """Returns the hashes of the full blocks of `tokens` that `hashes` does not cover yet.
 
         Args:
             hashes: those of the first ``len(hashes)`` blocks.
             tokens: int32 [n], the whole sequence so far.
+            shared: leading blocks that are hashed without the salt.
         """
         size, tag = self._block_size, self._token_tag
         data = np.ascontiguousarray(tokens, dtype="<i4").tobytes()
-        parent = hashes[-1] if hashes else self._root
+        root = self._shared_root if shared else self._root
+        parent = hashes[-1] if hashes else root
         added = []
-        for start in range(len(hashes) * size * 4, len(data) - size * 4 + 1, size * 4):
-            parent = hashlib.sha256(
-                b"parent" + parent + tag + data[start : start + size * 4]
-            ).digest()[:HASH_BYTES]
+        for block in range(len(hashes), len(data) // (4 * size)):
+            if block == shared and block and self._salt:
+                parent = _digest(self._salt + b"parent" + parent)
+            content = data[block * size * 4 : (block + 1) * size * 4]
+            parent = _digest(b"parent" + parent + tag + content)
             added.append(parent)
         return added
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:HASH_BYTES]

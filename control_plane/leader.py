@@ -16,7 +16,8 @@ from typing import Protocol
 from control_plane.engine_link import EngineFacts, EngineLink, LinkLost, Refused
 from control_plane.generation import Generation, Generations
 from control_plane.prefix_index import PrefixIndex
-from control_plane.prefix_stats import PrefixStats
+from control_plane.prefixes.log import CacheLog
+from control_plane.prefixes.lookups import LookupLog
 from control_plane.scheduler import Scheduler
 from control_plane.step_loop import LeaderSettings, StepLoop
 from control_plane.tokenizer import PromptTokenizer
@@ -45,6 +46,8 @@ class Failure:
 
 class Engines(Protocol):
     """The other engines, from here: the router."""
+
+    lookups: LookupLog
 
     def rehome(self, stranded: list[Generation]) -> list[Generation]:
         """Takes generations whose engine does not come back; returns those that fit nowhere."""
@@ -76,7 +79,7 @@ class EngineLeader:
         self.facts: EngineFacts | None = None
         self.tokenizer: PromptTokenizer | None = None
         self.loop: StepLoop | None = None
-        self.prefix_stats = PrefixStats()
+        self.cache_log = CacheLog(engines.lookups)
         self.epoch = 0
         self.leader_address = ""
         self.last_failure: Failure | None = None
@@ -147,7 +150,7 @@ class EngineLeader:
             self._settings,
             self._generations,
             self._index,
-            self.prefix_stats,
+            self.cache_log,
             self._engines.cancel,
         )
         stranded, self._stranded = self._stranded, []

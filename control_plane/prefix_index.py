@@ -27,7 +27,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 log = logging.getLogger(__name__)
 
@@ -207,6 +207,34 @@ class PrefixIndex:
         finally:
             search.cancel()
             self.lookup_seconds_sum += time.monotonic() - began
+
+    async def holders(
+        self, fingerprint: str, lives: Sequence[EngineLife], digests: Sequence[bytes]
+    ) -> dict[EngineLife, set[bytes]]:
+        """Which of some blocks, whatever comes before them, each engine holds: for operators.
+
+        Returns: a set for each life, empty ones while Redis does not answer.
+        """
+        found: dict[EngineLife, set[bytes]] = {life: set() for life in lives}
+        if not (self.up and lives and digests):
+            return found
+        pipeline = self._writer.pipeline(transaction=False)
+        for life in lives:
+            pipeline.execute_command("SMISMEMBER", self._key(fingerprint, life), *digests)
+        try:
+            async with asyncio.timeout(_IO_TIMEOUT_SECONDS):
+                replies = await pipeline.execute()
+        except (RedisError, OSError, TimeoutError) as error:
+            log.debug("the prefix index does not say who holds what: %r", error)
+            return found
+        for life, reply in zip(lives, replies, strict=True):
+            found[life] = {digest for digest, held in zip(digests, reply, strict=True) if held}
+        return found
+
+    @property
+    def redis(self) -> Redis:
+        """For what else is kept in the same server."""
+        return self._writer
 
     def track(
         self, fingerprint: str, life: EngineLife, resync: Callable[[EngineLife], Iterable[bytes]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +16,18 @@ from control_plane.hashing import PrefixHasher
 from control_plane.request import Request, SamplingFields
 from protos.control.v1 import record_pb2
 from protos.inference.v1 import inference_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """A registered prefix that a prompt begins with, in full blocks."""
+
+    name: str = ""
+    block_count: int = 0
+
+
+NOT_SHARED = SharedPrefix()
+_LAST_IN_LINE = 100
 
 Number = TypeVar("Number", int, float)
 
@@ -34,6 +48,7 @@ def new_request(
     facts: EngineFacts,
     tenant: str,
     digest: bytes,
+    shared: SharedPrefix = NOT_SHARED,
 ) -> Request:
     """Makes the scheduler's request from a validated message and its tokenised prompt.
 
@@ -41,8 +56,14 @@ def new_request(
         message: with its request id filled in.
         tenant: salts the prefix hashes.
         digest: see `request_digest`.
+        shared: the registered prefix that the prompt begins with.
     """
-    record = record_pb2.SequenceRecord(tenant=tenant, request_digest=digest, request=message)
+    record = record_pb2.SequenceRecord(
+        tenant=tenant,
+        request_digest=digest,
+        request=message,
+        shared_block_count=shared.block_count,
+    )
     # The engine keeps the prompt's tokens already, and hands them over with the record.
     record.request.ClearField("prompt")
     record.request.ClearField("received_token_counts")
@@ -52,8 +73,27 @@ def new_request(
         drawn = hashlib.sha256(b"quire.seed" + message.request_id.encode()).digest()
         record.request.sampling.seed = int.from_bytes(drawn[:8], "little")
     tokens = np.array(prompt, np.int32)
-    hashes = PrefixHasher(facts.fingerprint, facts.block_size, tenant).extend([], tokens)
-    return _request(record, record.SerializeToString(), tokens, tuple(hashes), facts)
+    request = _request(
+        record, record.SerializeToString(), tokens, _hashes(record, tokens, facts), facts
+    )
+    return replace(request, prefix_name=shared.name)
+
+
+def warming_request(name: str, ids: list[int], facts: EngineFacts) -> tuple[Request, bytes]:
+    """Makes the request that has an engine compute a registered prefix, and its digest.
+
+    Args:
+        ids: the tokens of its full blocks.
+    """
+    message = pb.GenerateRequest(
+        request_id=f"warm-{name}-{uuid.uuid4().hex[:12]}",
+        token_ids=pb.TokenIds(ids=ids),
+        sampling=pb.Sampling(temperature=0),
+        priority=_LAST_IN_LINE,
+    )
+    digest = request_digest(message)
+    shared = SharedPrefix(name, len(ids) // facts.block_size)
+    return new_request(message, ids, 1, facts, "", digest, shared), digest
 
 
 def rebuilt_request(data: bytes, prompt: Int32Array, facts: EngineFacts) -> tuple[Request, bytes]:
@@ -67,8 +107,7 @@ def rebuilt_request(data: bytes, prompt: Int32Array, facts: EngineFacts) -> tupl
         record.ParseFromString(data)
     except Exception as error:
         raise ValueError(f"no sequence record: {error}") from error
-    hashes = PrefixHasher(facts.fingerprint, facts.block_size, record.tenant).extend([], prompt)
-    request = _request(record, data, prompt.copy(), tuple(hashes), facts)
+    request = _request(record, data, prompt.copy(), _hashes(record, prompt, facts), facts)
     return request, record.request_digest
 
 
@@ -85,6 +124,13 @@ def admission_facts(data: bytes) -> tuple[int, int]:
 def stop_strings(request: Request) -> tuple[str, ...]:
     record = record_pb2.SequenceRecord.FromString(request.record)
     return tuple(record.request.stopping.stop_strings)
+
+
+def _hashes(
+    record: record_pb2.SequenceRecord, tokens: Int32Array, facts: EngineFacts
+) -> tuple[bytes, ...]:
+    hasher = PrefixHasher(facts.fingerprint, facts.block_size, record.tenant)
+    return tuple(hasher.extend([], tokens, record.shared_block_count))
 
 
 def _request(
@@ -123,6 +169,7 @@ def _request(
         priority=message.priority,
         hashes=hashes,
         salt=record.tenant,
+        shared_blocks=record.shared_block_count,
         record=data,
     )
 
@@ -162,6 +209,7 @@ def _beam_request(
         priority=message.priority,
         hashes=hashes,
         salt=record.tenant,
+        shared_blocks=record.shared_block_count,
         record=data,
         beams=beams,
     )

@@ -36,7 +36,9 @@ class Request:
     Attributes:
         prompt: int32 [n], not empty.
         hashes: prefix hashes of the prompt's full blocks; empty when the cache must not be used.
-        salt: what the hashes of this request's blocks are salted with.
+        salt: what the hashes of this request's blocks are salted with: its tenant.
+        shared_blocks: leading blocks that all tenants share, a registered prefix's.
+        prefix_name: of that registered prefix, on the replica that took the request.
         max_tokens: new tokens per sample, at most.
         min_tokens: no stop id is drawn before this many new tokens.
         stop_ids: end-of-sequence and stop ids that end a sample, at most `MAX_STOP_IDS`.
@@ -54,6 +56,8 @@ class Request:
     priority: int = 0
     hashes: tuple[bytes, ...] = ()
     salt: str = ""
+    shared_blocks: int = 0
+    prefix_name: str = ""
     record: bytes = b""
     beams: BeamFields | None = None
 
@@ -66,6 +70,10 @@ class Request:
     def sequence_count(self) -> int:
         """Sequences that serve it: samples, or beams."""
         return self.beams.width if self.beams else self.sample_count
+
+    def tenant_of(self, block: int) -> str:
+        """Whose the block at this place of its table is; "" is everybody."""
+        return self.salt if block >= self.shared_blocks else ""
 
     @property
     def length_limit(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from control_plane.generation import Generation, Generations
 from control_plane.leader import EngineLeader
 from control_plane.prefix_index import EngineLife, PrefixIndex
+from control_plane.prefixes.lookups import LookupLog
 from control_plane.request import FinishReason, Request
 from control_plane.step_loop import StepLoop
 
@@ -29,6 +30,7 @@ class Router:
 
     def __init__(self, generations: Generations, index: PrefixIndex) -> None:
         self.leaders: list[EngineLeader] = []
+        self.lookups = LookupLog()
         self._generations, self._index = generations, index
         # Hits that the index foretold, in tokens.
         self.predicted_tokens = 0
@@ -68,6 +70,7 @@ class Router:
         alive = [loop for loop in candidates if loop.alive]
         if not alive:
             raise NoEngine("no engine is attached")
+        self.lookups.routed(request, hints)
         return min(alive, key=lambda loop: (_cost(loop, request, hints), loop.facts.engine_id))
 
     async def _hints(self, request: Request, candidates: list[StepLoop]) -> dict[EngineLife, int]:

@@ -323,12 +323,13 @@ class Scheduler:
         sequence.hashes = []
         if row.swapped:
             return
-        for block in row.blocks.tolist():
+        request = sequence.group.request
+        for index, block in enumerate(row.blocks.tolist()):
             digest = self.pool.hash_of(block)
             if digest is None:
                 break
             sequence.hashes.append(digest)
-            self.pool.assign(block, sequence.group.request.salt)
+            self.pool.assign(block, request.tenant_of(index))
         sequence.published = len(sequence.hashes)
 
     def _resume_group(self, group: SequenceGroup) -> None:
@@ -784,11 +785,13 @@ class Scheduler:
         full = min(table.known[slot], table.computed[slot]) // self.limits.block_size
         if generated and full > len(sequence.hashes):
             tokens = table.tokens[slot, : full * self.limits.block_size]
-            sequence.hashes += self._hasher(sequence).extend(sequence.hashes, tokens)
+            shared = sequence.group.request.shared_blocks
+            sequence.hashes += self._hasher(sequence).extend(sequence.hashes, tokens, shared)
         full = min(full, len(sequence.hashes))
-        blocks, salt = table.blocks[slot], sequence.group.request.salt
+        blocks, request = table.blocks[slot], sequence.group.request
         for index in range(sequence.published, full):
-            self.pool.publish(int(blocks[index]), sequence.hashes[index], salt)
+            tenant = request.tenant_of(index)
+            self.pool.publish(int(blocks[index]), sequence.hashes[index], tenant)
         sequence.published = max(sequence.published, int(full))
 
     def _hasher(self, sequence: Sequence) -> PrefixHasher:

@@ -19,6 +19,10 @@ from control_plane.generation import Generations
 from control_plane.leader import EngineLeader, LeaderState
 from control_plane.metrics import Metrics
 from control_plane.prefix_index import PrefixIndex
+from control_plane.prefixes.file import read_prefixes
+from control_plane.prefixes.keeper import PrefixKeeper
+from control_plane.prefixes.registered import RegisteredPrefixes
+from control_plane.prefixes.store import RegisteredStore
 from control_plane.router import Router
 from control_plane.settings import Settings
 from control_plane.step_loop import LeaderSettings
@@ -48,8 +52,17 @@ class Replica:
         self.router = Router(self.generations, self.index)
         self.router.leaders += [self._leader(address) for address in _addresses(settings.engines)]
         self.metrics = Metrics()
+        self.registered = RegisteredPrefixes(read_prefixes(settings.prefixes))
+        self.store = RegisteredStore(self.index.redis, settings.index_namespace, self.registered)
+        self.router.lookups.listeners.append(self.store.note)
+        self.keeper = PrefixKeeper(self.registered, self.router.leaders, self.generations)
         self.frontend = frontend.Frontend(
-            self.router, self.generations, self.metrics, settings.max_waiting_seconds, tenant_of
+            self.router,
+            self.generations,
+            self.metrics,
+            settings.max_waiting_seconds,
+            tenant_of,
+            self.registered.match,
         )
         self.access = Access(settings.access, anonymous_roles(settings.anonymous_roles))
         guard = Authorisation(self.access, reflection=settings.reflection).guard()
@@ -83,7 +96,8 @@ class Replica:
         """Starts serving; engines are attached as they answer."""
         inference, operators = self._servers
         frontend.add_to_server(self.frontend, inference)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.Admin(self.router), operators)
+        operated = admin.Operated(self.router, self.index, self.registered, self.store, self.keeper)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.Admin(operated), operators)
         healths = [wire.add_health(inference), wire.add_health(operators)]
         if self.settings.reflection:
             wire.add_reflection(inference, [frontend.SERVICE])
@@ -104,6 +118,7 @@ class Replica:
         self._tasks = [asyncio.create_task(leader.run()) for leader in self.router.leaders]
         self._tasks.append(asyncio.create_task(self._report_health(healths)))
         self._tasks.append(asyncio.create_task(self.access.follow()))
+        self._tasks += [asyncio.create_task(each.run()) for each in (self.store, self.keeper)]
         for task in self._tasks:
             task.add_done_callback(_log_failure)
         self._warn()

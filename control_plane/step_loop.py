@@ -22,7 +22,7 @@ from control_plane.generation import Generation, Generations
 from control_plane.overload import DrainRate
 from control_plane.plan import Logprob, Outcome, Plan, ResidentRow, Snapshot, StepResult
 from control_plane.prefix_index import EngineLife, PrefixIndex
-from control_plane.prefix_stats import PrefixStats
+from control_plane.prefixes.log import CacheLog
 from control_plane.request import FinishReason, Sequence, SequenceGroup, ended_at
 from control_plane.scheduler import NeverFits, Scheduler, SchedulerLimits
 from control_plane.tokenizer import PromptTokenizer
@@ -86,7 +86,7 @@ class StepLoop:
         settings: LeaderSettings,
         generations: Generations,
         index: PrefixIndex,
-        stats: PrefixStats,
+        cache_log: CacheLog,
         abandon: Callable[[Generation], None],
     ) -> None:
         self.facts, self.tokenizer = facts, tokenizer
@@ -110,7 +110,7 @@ class StepLoop:
             )
         )
         self._settings, self._abandon = settings, abandon
-        self._generations, self._index, self._stats = generations, index, stats
+        self._generations, self._index, self._cache_log = generations, index, cache_log
         self._owners: dict[SequenceGroup, Generation] = {}
         # Beam searches whose clients are told the best so far.
         self._told: dict[SequenceGroup, BeamSearch] = {}
@@ -197,6 +197,7 @@ class StepLoop:
             adopted += [(group.sequences[row.sample_index], row) for row in rows]
             self._own(generation, group)
         self.scheduler.restore(adopted, snapshot.hashes, released)
+        self._cache_log.begin(self.scheduler.pool.held_hashes(), time.monotonic())
         for sequence, row in adopted:
             generation = self._owners[sequence.group]
             try:
@@ -347,6 +348,7 @@ class StepLoop:
         added, removed = scheduler.pool.take_index_changes()
         if added or removed:
             self._index.publish(self.life, added, removed)
+            self._cache_log.changed(added, removed, time.monotonic())
 
     def _accept(self, plan: Plan) -> None:
         for admission in plan.admissions:
@@ -355,10 +357,9 @@ class StepLoop:
             if generation is None:
                 continue
             if not generation.accepted:
-                self._drain.add(time.monotonic(), len(admission.tokens))
-            if admission.cached and not generation.accepted:
-                digest = sequence.hashes[admission.cached // self.facts.block_size - 1]
-                self._stats.hit(digest, admission.cached, time.monotonic())
+                now, request = time.monotonic(), generation.request
+                self._drain.add(now, len(admission.tokens))
+                self._cache_log.admitted(request, self.facts, admission.cached, now)
             generation.accept(self.facts.engine_id, admission.cached)
 
     def _deliver(self, outcome: Outcome) -> None:

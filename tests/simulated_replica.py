@@ -100,7 +100,9 @@ class Client:
         if loop is None or not loop.alive:
             return None
         message, facts = job.message(), loop.facts
-        request = records.new_request(message, job.prompt, job.max_tokens, facts, job.tenant, b"")
+        request = records.new_request(
+            message, job.prompt, job.max_tokens, facts, job.tenant, b"", job.shared
+        )
         strings = tuple(message.stopping.stop_strings)
         generation = Generation(request, b"", loop.tokenizer, strings, facts.kind)
         try:

@@ -167,7 +167,8 @@ def test_operators_see_engines_sequences_blocks_and_prefixes(llama: Model) -> No
             prefixes = (await stack.admin.ListPrefixes(admin_pb2.ListPrefixesRequest())).prefixes
             (prefix,) = prefixes
             assert (prefix.token_count, prefix.hit_count, prefix.saved_token_count) == (48, 2, 96)
-            assert prefix.resident and len(prefix.prefix_hash) == 16
+            assert len(prefix.prefix_hash) == 16
+            assert [holder.engine_id for holder in prefix.holders] == ["engine-test"]
             error = await failure(
                 stack.admin.GetBlockTable(admin_pb2.GetBlockTableRequest(request_id="none"))
             )

@@ -22,43 +22,96 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos.inference.v1 import inference_pb2 as protos_dot_inference_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotos/admin/v1/admin.proto\x12\x0equire.admin.v1\";\n\x12ListEnginesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x13ListEnginesResponse\x12\'\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x16.quire.admin.v1.Engine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd1\x04\n\x06\x45ngine\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.quire.admin.v1.EngineState\x12\r\n\x05model\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x19\n\x11\x62lock_size_tokens\x18\x07 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x08 \x01(\x05\x12\x18\n\x10\x66ree_block_count\x18\t \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_block_count\x18\n \x01(\x05\x12\x18\n\x10used_block_count\x18\x0b \x01(\x05\x12\x1e\n\x16running_sequence_count\x18\x0c \x01(\x05\x12\x1d\n\x15waiting_request_count\x18\r \x01(\x05\x12\x0c\n\x04step\x18\x0e \x01(\x04\x12\x1e\n\x16prefix_hit_token_count\x18\x0f \x01(\x04\x12 \n\x18prefix_query_token_count\x18\x10 \x01(\x04\x12\x18\n\x10preemption_count\x18\x11 \x01(\x04\x12\x16\n\x0eleader_address\x18\x12 \x01(\t\x12\x18\n\x10host_block_count\x18\x13 \x01(\x05\x12\x1d\n\x15used_host_block_count\x18\x14 \x01(\x05\x12\x12\n\nswap_count\x18\x15 \x01(\x04\x12\x14\n\x0clast_failure\x18\x16 \x01(\t\x12 \n\x18last_failure_age_seconds\x18\x17 \x01(\x01\"P\n\x14ListSequencesRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"]\n\x15ListSequencesResponse\x12+\n\tsequences\x18\x01 \x03(\x0b\x32\x18.quire.admin.v1.Sequence\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf8\x01\n\x08Sequence\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06sample\x18\x03 \x01(\x05\x12,\n\x05state\x18\x04 \x01(\x0e\x32\x1d.quire.admin.v1.SequenceState\x12\x0c\n\x04slot\x18\x05 \x01(\x05\x12\x1a\n\x12prompt_token_count\x18\x06 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x07 \x01(\x05\x12\x1a\n\x12output_token_count\x18\x08 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\t \x01(\x05\x12\x10\n\x08priority\x18\n \x01(\x05\"M\n\x14GetBlockTableRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06sample\x18\x03 \x01(\x05\"C\n\x15GetBlockTableResponse\x12*\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1a.quire.admin.v1.BlockEntry\"L\n\nBlockEntry\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\x05\x12\x17\n\x0freference_count\x18\x02 \x01(\x05\x12\x13\n\x0bprefix_hash\x18\x03 \x01(\x0c\"O\n\x13ListPrefixesRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x14ListPrefixesResponse\x12(\n\x08prefixes\x18\x01 \x03(\x0b\x32\x16.quire.admin.v1.Prefix\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xb4\x01\n\x06Prefix\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x13\n\x0bprefix_hash\x18\x02 \x01(\x0c\x12\x13\n\x0btoken_count\x18\x03 \x01(\x05\x12\x17\n\x0freference_count\x18\x04 \x01(\x05\x12\x11\n\thit_count\x18\x05 \x01(\x04\x12\x19\n\x11saved_token_count\x18\x06 \x01(\x04\x12\x14\n\x0cidle_seconds\x18\x07 \x01(\x01\x12\x10\n\x08resident\x18\x08 \x01(\x08*y\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45NGINE_STATE_CONNECTING\x10\x01\x12\x14\n\x10\x45NGINE_STATE_LED\x10\x02\x12\x19\n\x15\x45NGINE_STATE_FOLLOWED\x10\x03*\x9e\x01\n\rSequenceState\x12\x1e\n\x1aSEQUENCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEQUENCE_STATE_WAITING\x10\x01\x12\x1a\n\x16SEQUENCE_STATE_PREFILL\x10\x02\x12\x19\n\x15SEQUENCE_STATE_DECODE\x10\x03\x12\x1a\n\x16SEQUENCE_STATE_SWAPPED\x10\x04\x32\xfd\x02\n\x0c\x41\x64minService\x12V\n\x0bListEngines\x12\".quire.admin.v1.ListEnginesRequest\x1a#.quire.admin.v1.ListEnginesResponse\x12\\\n\rListSequences\x12$.quire.admin.v1.ListSequencesRequest\x1a%.quire.admin.v1.ListSequencesResponse\x12\\\n\rGetBlockTable\x12$.quire.admin.v1.GetBlockTableRequest\x1a%.quire.admin.v1.GetBlockTableResponse\x12Y\n\x0cListPrefixes\x12#.quire.admin.v1.ListPrefixesRequest\x1a$.quire.admin.v1.ListPrefixesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotos/admin/v1/admin.proto\x12\x0equire.admin.v1\x1a#protos/inference/v1/inference.proto\";\n\x12ListEnginesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x13ListEnginesResponse\x12\'\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x16.quire.admin.v1.Engine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x92\x06\n\x06\x45ngine\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.quire.admin.v1.EngineState\x12\r\n\x05model\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x19\n\x11\x62lock_size_tokens\x18\x07 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x08 \x01(\x05\x12\x18\n\x10\x66ree_block_count\x18\t \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_block_count\x18\n \x01(\x05\x12\x18\n\x10used_block_count\x18\x0b \x01(\x05\x12\x1e\n\x16running_sequence_count\x18\x0c \x01(\x05\x12\x1d\n\x15waiting_request_count\x18\r \x01(\x05\x12\x0c\n\x04step\x18\x0e \x01(\x04\x12\x1e\n\x16prefix_hit_token_count\x18\x0f \x01(\x04\x12 \n\x18prefix_query_token_count\x18\x10 \x01(\x04\x12\x18\n\x10preemption_count\x18\x11 \x01(\x04\x12\x16\n\x0eleader_address\x18\x12 \x01(\t\x12\x18\n\x10host_block_count\x18\x13 \x01(\x05\x12\x1d\n\x15used_host_block_count\x18\x14 \x01(\x05\x12\x12\n\nswap_count\x18\x15 \x01(\x04\x12\x14\n\x0clast_failure\x18\x16 \x01(\t\x12 \n\x18last_failure_age_seconds\x18\x17 \x01(\x01\x12\x10\n\x08\x64raining\x18\x18 \x01(\x08\x12\x1a\n\x12pinned_block_count\x18\x19 \x01(\x05\x12\x1e\n\x16swapped_sequence_count\x18\x1a \x01(\x05\x12\x1a\n\x12mean_queue_seconds\x18\x1b \x01(\x01\x12\x1a\n\x12mean_moves_seconds\x18\x1c \x01(\x01\x12\x1c\n\x14mean_forward_seconds\x18\x1d \x01(\x01\x12\x1b\n\x13mean_sample_seconds\x18\x1e \x01(\x01\"P\n\x14ListSequencesRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"]\n\x15ListSequencesResponse\x12+\n\tsequences\x18\x01 \x03(\x0b\x32\x18.quire.admin.v1.Sequence\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf8\x01\n\x08Sequence\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06sample\x18\x03 \x01(\x05\x12,\n\x05state\x18\x04 \x01(\x0e\x32\x1d.quire.admin.v1.SequenceState\x12\x0c\n\x04slot\x18\x05 \x01(\x05\x12\x1a\n\x12prompt_token_count\x18\x06 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x07 \x01(\x05\x12\x1a\n\x12output_token_count\x18\x08 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\t \x01(\x05\x12\x10\n\x08priority\x18\n \x01(\x05\"M\n\x14GetBlockTableRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06sample\x18\x03 \x01(\x05\"C\n\x15GetBlockTableResponse\x12*\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1a.quire.admin.v1.BlockEntry\"L\n\nBlockEntry\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\x05\x12\x17\n\x0freference_count\x18\x02 \x01(\x05\x12\x13\n\x0bprefix_hash\x18\x03 \x01(\x0c\"\'\n\x12GetBlockMapRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\":\n\x13GetBlockMapResponse\x12\x0e\n\x06states\x18\x01 \x01(\x0c\x12\x13\n\x0bhost_states\x18\x02 \x01(\x0c\"O\n\x13ListPrefixesRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x14ListPrefixesResponse\x12(\n\x08prefixes\x18\x01 \x03(\x0b\x32\x16.quire.admin.v1.Prefix\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf2\x01\n\x06Prefix\x12\x13\n\x0bprefix_hash\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0btoken_count\x18\x04 \x01(\x05\x12\x11\n\thit_count\x18\x05 \x01(\x04\x12\x19\n\x11saved_token_count\x18\x06 \x01(\x04\x12\x14\n\x0cidle_seconds\x18\x07 \x01(\x01\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x0e\n\x06shared\x18\t \x01(\x08\x12\x0e\n\x06pinned\x18\n \x01(\x08\x12-\n\x07holders\x18\x0b \x03(\x0b\x32\x1c.quire.admin.v1.PrefixHolder\":\n\x0cPrefixHolder\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x17\n\x0freference_count\x18\x02 \x01(\x05\"\xac\x01\n\x14\x45xplainPromptRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.quire.inference.v1.ChatH\x00\x12\x31\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x1c.quire.inference.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"I\n\x15\x45xplainPromptResponse\x12\x30\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x1b.quire.admin.v1.Explanation\"+\n\x15\x45xplainRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"J\n\x16\x45xplainRequestResponse\x12\x30\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x1b.quire.admin.v1.Explanation\"\xbb\x02\n\x0b\x45xplanation\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x11\n\tengine_id\x18\x04 \x01(\t\x12\x19\n\x11\x62lock_size_tokens\x18\x05 \x01(\x05\x12\x1a\n\x12prompt_token_count\x18\x06 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x07 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\x08 \x01(\x01\x12\x19\n\x11registered_prefix\x18\t \x01(\t\x12\x1a\n\x12shared_token_count\x18\n \x01(\x05\x12\x1d\n\x15predicted_token_count\x18\x0b \x01(\x05\x12(\n\x05spans\x18\x0c \x03(\x0b\x32\x19.quire.admin.v1.BlockSpan\"\xcd\x01\n\tBlockSpan\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x02 \x01(\x05\x12\x13\n\x0btoken_count\x18\x03 \x01(\x05\x12.\n\x07outcome\x18\x04 \x01(\x0e\x32\x1d.quire.admin.v1.LookupOutcome\x12\x12\n\nengine_ids\x18\x05 \x03(\t\x12\x1e\n\x16\x65victed_seconds_before\x18\x06 \x01(\x01\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\t\"\x1f\n\x1dListRegisteredPrefixesRequest\"T\n\x1eListRegisteredPrefixesResponse\x12\x32\n\x08prefixes\x18\x01 \x03(\x0b\x32 .quire.admin.v1.RegisteredPrefix\"\xe1\x01\n\x10RegisteredPrefix\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04\x66orm\x18\x02 \x01(\x0e\x32\x1a.quire.admin.v1.PrefixForm\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x10\n\x08\x64\x65\x63lared\x18\x05 \x01(\x08\x12\x11\n\thit_count\x18\x06 \x01(\x04\x12\x19\n\x11saved_token_count\x18\x07 \x01(\x04\x12\x37\n\x07\x65ngines\x18\x08 \x03(\x0b\x32&.quire.admin.v1.RegisteredPrefixEngine\"\x92\x01\n\x16RegisteredPrefixEngine\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1a\n\x12shared_token_count\x18\x03 \x01(\x05\x12\x18\n\x10held_token_count\x18\x04 \x01(\x05\x12\x0f\n\x07warming\x18\x05 \x01(\x08\x12\x0f\n\x07problem\x18\x06 \x01(\t\"m\n\x15RegisterPrefixRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12(\n\x04\x66orm\x18\x03 \x01(\x0e\x32\x1a.quire.admin.v1.PrefixForm\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\"J\n\x16RegisterPrefixResponse\x12\x30\n\x06prefix\x18\x01 \x01(\x0b\x32 .quire.admin.v1.RegisteredPrefix\"3\n\x13UpdatePrefixRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"H\n\x14UpdatePrefixResponse\x12\x30\n\x06prefix\x18\x01 \x01(\x0b\x32 .quire.admin.v1.RegisteredPrefix\"\'\n\x17UnregisterPrefixRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18UnregisterPrefixResponse\"!\n\x11WarmPrefixRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"F\n\x12WarmPrefixResponse\x12\x30\n\x06prefix\x18\x01 \x01(\x0b\x32 .quire.admin.v1.RegisteredPrefix\"7\n\x12\x44rainEngineRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0e\n\x06resume\x18\x02 \x01(\x08\"=\n\x13\x44rainEngineResponse\x12&\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x16.quire.admin.v1.Engine*y\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45NGINE_STATE_CONNECTING\x10\x01\x12\x14\n\x10\x45NGINE_STATE_LED\x10\x02\x12\x19\n\x15\x45NGINE_STATE_FOLLOWED\x10\x03*\x9e\x01\n\rSequenceState\x12\x1e\n\x1aSEQUENCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEQUENCE_STATE_WAITING\x10\x01\x12\x1a\n\x16SEQUENCE_STATE_PREFILL\x10\x02\x12\x19\n\x15SEQUENCE_STATE_DECODE\x10\x03\x12\x1a\n\x16SEQUENCE_STATE_SWAPPED\x10\x04*\x9d\x01\n\nBlockState\x12\x1b\n\x17\x42LOCK_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x42LOCK_STATE_FREE\x10\x01\x12\x16\n\x12\x42LOCK_STATE_CACHED\x10\x02\x12\x16\n\x12\x42LOCK_STATE_PINNED\x10\x03\x12\x14\n\x10\x42LOCK_STATE_USED\x10\x04\x12\x16\n\x12\x42LOCK_STATE_SHARED\x10\x05*\xbf\x02\n\rLookupOutcome\x12\x1e\n\x1aLOOKUP_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12LOOKUP_OUTCOME_HIT\x10\x01\x12\x1d\n\x19LOOKUP_OUTCOME_NEVER_SEEN\x10\x02\x12\x1a\n\x16LOOKUP_OUTCOME_EVICTED\x10\x03\x12\x1f\n\x1bLOOKUP_OUTCOME_OTHER_ENGINE\x10\x04\x12\x1f\n\x1bLOOKUP_OUTCOME_OTHER_TENANT\x10\x05\x12\x1e\n\x1aLOOKUP_OUTCOME_OTHER_MODEL\x10\x06\x12\x1f\n\x1bLOOKUP_OUTCOME_AFTER_A_MISS\x10\x07\x12\x1b\n\x17LOOKUP_OUTCOME_NOT_FULL\x10\x08\x12\x1b\n\x17LOOKUP_OUTCOME_NOT_USED\x10\t*X\n\nPrefixForm\x12\x1b\n\x17PREFIX_FORM_UNSPECIFIED\x10\x00\x12\x16\n\x12PREFIX_FORM_SYSTEM\x10\x01\x12\x15\n\x11PREFIX_FORM_PLAIN\x10\x02\x32\xdd\t\n\x0c\x41\x64minService\x12V\n\x0bListEngines\x12\".quire.admin.v1.ListEnginesRequest\x1a#.quire.admin.v1.ListEnginesResponse\x12\\\n\rListSequences\x12$.quire.admin.v1.ListSequencesRequest\x1a%.quire.admin.v1.ListSequencesResponse\x12\\\n\rGetBlockTable\x12$.quire.admin.v1.GetBlockTableRequest\x1a%.quire.admin.v1.GetBlockTableResponse\x12V\n\x0bGetBlockMap\x12\".quire.admin.v1.GetBlockMapRequest\x1a#.quire.admin.v1.GetBlockMapResponse\x12Y\n\x0cListPrefixes\x12#.quire.admin.v1.ListPrefixesRequest\x1a$.quire.admin.v1.ListPrefixesResponse\x12\\\n\rExplainPrompt\x12$.quire.admin.v1.ExplainPromptRequest\x1a%.quire.admin.v1.ExplainPromptResponse\x12_\n\x0e\x45xplainRequest\x12%.quire.admin.v1.ExplainRequestRequest\x1a&.quire.admin.v1.ExplainRequestResponse\x12w\n\x16ListRegisteredPrefixes\x12-.quire.admin.v1.ListRegisteredPrefixesRequest\x1a..quire.admin.v1.ListRegisteredPrefixesResponse\x12_\n\x0eRegisterPrefix\x12%.quire.admin.v1.RegisterPrefixRequest\x1a&.quire.admin.v1.RegisterPrefixResponse\x12Y\n\x0cUpdatePrefix\x12#.quire.admin.v1.UpdatePrefixRequest\x1a$.quire.admin.v1.UpdatePrefixResponse\x12\x65\n\x10UnregisterPrefix\x12\'.quire.admin.v1.UnregisterPrefixRequest\x1a(.quire.admin.v1.UnregisterPrefixResponse\x12S\n\nWarmPrefix\x12!.quire.admin.v1.WarmPrefixRequest\x1a\".quire.admin.v1.WarmPrefixResponse\x12V\n\x0b\x44rainEngine\x12\".quire.admin.v1.DrainEngineRequest\x1a#.quire.admin.v1.DrainEngineResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.admin.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINESTATE']._serialized_start=1802
-  _globals['_ENGINESTATE']._serialized_end=1923
-  _globals['_SEQUENCESTATE']._serialized_start=1926
-  _globals['_SEQUENCESTATE']._serialized_end=2084
-  _globals['_LISTENGINESREQUEST']._serialized_start=47
-  _globals['_LISTENGINESREQUEST']._serialized_end=106
-  _globals['_LISTENGINESRESPONSE']._serialized_start=108
-  _globals['_LISTENGINESRESPONSE']._serialized_end=195
-  _globals['_ENGINE']._serialized_start=198
-  _globals['_ENGINE']._serialized_end=791
-  _globals['_LISTSEQUENCESREQUEST']._serialized_start=793
-  _globals['_LISTSEQUENCESREQUEST']._serialized_end=873
-  _globals['_LISTSEQUENCESRESPONSE']._serialized_start=875
-  _globals['_LISTSEQUENCESRESPONSE']._serialized_end=968
-  _globals['_SEQUENCE']._serialized_start=971
-  _globals['_SEQUENCE']._serialized_end=1219
-  _globals['_GETBLOCKTABLEREQUEST']._serialized_start=1221
-  _globals['_GETBLOCKTABLEREQUEST']._serialized_end=1298
-  _globals['_GETBLOCKTABLERESPONSE']._serialized_start=1300
-  _globals['_GETBLOCKTABLERESPONSE']._serialized_end=1367
-  _globals['_BLOCKENTRY']._serialized_start=1369
-  _globals['_BLOCKENTRY']._serialized_end=1445
-  _globals['_LISTPREFIXESREQUEST']._serialized_start=1447
-  _globals['_LISTPREFIXESREQUEST']._serialized_end=1526
-  _globals['_LISTPREFIXESRESPONSE']._serialized_start=1528
-  _globals['_LISTPREFIXESRESPONSE']._serialized_end=1617
-  _globals['_PREFIX']._serialized_start=1620
-  _globals['_PREFIX']._serialized_end=1800
-  _globals['_ADMINSERVICE']._serialized_start=2087
-  _globals['_ADMINSERVICE']._serialized_end=2468
+  _globals['_ENGINESTATE']._serialized_start=4258
+  _globals['_ENGINESTATE']._serialized_end=4379
+  _globals['_SEQUENCESTATE']._serialized_start=4382
+  _globals['_SEQUENCESTATE']._serialized_end=4540
+  _globals['_BLOCKSTATE']._serialized_start=4543
+  _globals['_BLOCKSTATE']._serialized_end=4700
+  _globals['_LOOKUPOUTCOME']._serialized_start=4703
+  _globals['_LOOKUPOUTCOME']._serialized_end=5022
+  _globals['_PREFIXFORM']._serialized_start=5024
+  _globals['_PREFIXFORM']._serialized_end=5112
+  _globals['_LISTENGINESREQUEST']._serialized_start=84
+  _globals['_LISTENGINESREQUEST']._serialized_end=143
+  _globals['_LISTENGINESRESPONSE']._serialized_start=145
+  _globals['_LISTENGINESRESPONSE']._serialized_end=232
+  _globals['_ENGINE']._serialized_start=235
+  _globals['_ENGINE']._serialized_end=1021
+  _globals['_LISTSEQUENCESREQUEST']._serialized_start=1023
+  _globals['_LISTSEQUENCESREQUEST']._serialized_end=1103
+  _globals['_LISTSEQUENCESRESPONSE']._serialized_start=1105
+  _globals['_LISTSEQUENCESRESPONSE']._serialized_end=1198
+  _globals['_SEQUENCE']._serialized_start=1201
+  _globals['_SEQUENCE']._serialized_end=1449
+  _globals['_GETBLOCKTABLEREQUEST']._serialized_start=1451
+  _globals['_GETBLOCKTABLEREQUEST']._serialized_end=1528
+  _globals['_GETBLOCKTABLERESPONSE']._serialized_start=1530
+  _globals['_GETBLOCKTABLERESPONSE']._serialized_end=1597
+  _globals['_BLOCKENTRY']._serialized_start=1599
+  _globals['_BLOCKENTRY']._serialized_end=1675
+  _globals['_GETBLOCKMAPREQUEST']._serialized_start=1677
+  _globals['_GETBLOCKMAPREQUEST']._serialized_end=1716
+  _globals['_GETBLOCKMAPRESPONSE']._serialized_start=1718
+  _globals['_GETBLOCKMAPRESPONSE']._serialized_end=1776
+  _globals['_LISTPREFIXESREQUEST']._serialized_start=1778
+  _globals['_LISTPREFIXESREQUEST']._serialized_end=1857
+  _globals['_LISTPREFIXESRESPONSE']._serialized_start=1859
+  _globals['_LISTPREFIXESRESPONSE']._serialized_end=1948
+  _globals['_PREFIX']._serialized_start=1951
+  _globals['_PREFIX']._serialized_end=2193
+  _globals['_PREFIXHOLDER']._serialized_start=2195
+  _globals['_PREFIXHOLDER']._serialized_end=2253
+  _globals['_EXPLAINPROMPTREQUEST']._serialized_start=2256
+  _globals['_EXPLAINPROMPTREQUEST']._serialized_end=2428
+  _globals['_EXPLAINPROMPTRESPONSE']._serialized_start=2430
+  _globals['_EXPLAINPROMPTRESPONSE']._serialized_end=2503
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=2505
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=2548
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=2550
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=2624
+  _globals['_EXPLANATION']._serialized_start=2627
+  _globals['_EXPLANATION']._serialized_end=2942
+  _globals['_BLOCKSPAN']._serialized_start=2945
+  _globals['_BLOCKSPAN']._serialized_end=3150
+  _globals['_LISTREGISTEREDPREFIXESREQUEST']._serialized_start=3152
+  _globals['_LISTREGISTEREDPREFIXESREQUEST']._serialized_end=3183
+  _globals['_LISTREGISTEREDPREFIXESRESPONSE']._serialized_start=3185
+  _globals['_LISTREGISTEREDPREFIXESRESPONSE']._serialized_end=3269
+  _globals['_REGISTEREDPREFIX']._serialized_start=3272
+  _globals['_REGISTEREDPREFIX']._serialized_end=3497
+  _globals['_REGISTEREDPREFIXENGINE']._serialized_start=3500
+  _globals['_REGISTEREDPREFIXENGINE']._serialized_end=3646
+  _globals['_REGISTERPREFIXREQUEST']._serialized_start=3648
+  _globals['_REGISTERPREFIXREQUEST']._serialized_end=3757
+  _globals['_REGISTERPREFIXRESPONSE']._serialized_start=3759
+  _globals['_REGISTERPREFIXRESPONSE']._serialized_end=3833
+  _globals['_UPDATEPREFIXREQUEST']._serialized_start=3835
+  _globals['_UPDATEPREFIXREQUEST']._serialized_end=3886
+  _globals['_UPDATEPREFIXRESPONSE']._serialized_start=3888
+  _globals['_UPDATEPREFIXRESPONSE']._serialized_end=3960
+  _globals['_UNREGISTERPREFIXREQUEST']._serialized_start=3962
+  _globals['_UNREGISTERPREFIXREQUEST']._serialized_end=4001
+  _globals['_UNREGISTERPREFIXRESPONSE']._serialized_start=4003
+  _globals['_UNREGISTERPREFIXRESPONSE']._serialized_end=4029
+  _globals['_WARMPREFIXREQUEST']._serialized_start=4031
+  _globals['_WARMPREFIXREQUEST']._serialized_end=4064
+  _globals['_WARMPREFIXRESPONSE']._serialized_start=4066
+  _globals['_WARMPREFIXRESPONSE']._serialized_end=4136
+  _globals['_DRAINENGINEREQUEST']._serialized_start=4138
+  _globals['_DRAINENGINEREQUEST']._serialized_end=4193
+  _globals['_DRAINENGINERESPONSE']._serialized_start=4195
+  _globals['_DRAINENGINERESPONSE']._serialized_end=4256
+  _globals['_ADMINSERVICE']._serialized_start=5115
+  _globals['_ADMINSERVICE']._serialized_end=6360
 # @@protoc_insertion_point(module_scope)

@@ -49,10 +49,55 @@ class AdminServiceStub:
                 request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.GetBlockTableRequest.SerializeToString,
                 response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.GetBlockTableResponse.FromString,
                 _registered_method=True)
+        self.GetBlockMap = channel.unary_unary(
+                '/quire.admin.v1.AdminService/GetBlockMap',
+                request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.GetBlockMapRequest.SerializeToString,
+                response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.GetBlockMapResponse.FromString,
+                _registered_method=True)
         self.ListPrefixes = channel.unary_unary(
                 '/quire.admin.v1.AdminService/ListPrefixes',
                 request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.ListPrefixesRequest.SerializeToString,
                 response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.ListPrefixesResponse.FromString,
+                _registered_method=True)
+        self.ExplainPrompt = channel.unary_unary(
+                '/quire.admin.v1.AdminService/ExplainPrompt',
+                request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.ExplainPromptRequest.SerializeToString,
+                response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.ExplainPromptResponse.FromString,
+                _registered_method=True)
+        self.ExplainRequest = channel.unary_unary(
+                '/quire.admin.v1.AdminService/ExplainRequest',
+                request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
+                response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.ExplainRequestResponse.FromString,
+                _registered_method=True)
+        self.ListRegisteredPrefixes = channel.unary_unary(
+                '/quire.admin.v1.AdminService/ListRegisteredPrefixes',
+                request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.ListRegisteredPrefixesRequest.SerializeToString,
+                response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.ListRegisteredPrefixesResponse.FromString,
+                _registered_method=True)
+        self.RegisterPrefix = channel.unary_unary(
+                '/quire.admin.v1.AdminService/RegisterPrefix',
+                request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.RegisterPrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.RegisterPrefixResponse.FromString,
+                _registered_method=True)
+        self.UpdatePrefix = channel.unary_unary(
+                '/quire.admin.v1.AdminService/UpdatePrefix',
+                request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.UpdatePrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.UpdatePrefixResponse.FromString,
+                _registered_method=True)
+        self.UnregisterPrefix = channel.unary_unary(
+                '/quire.admin.v1.AdminService/UnregisterPrefix',
+                request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.UnregisterPrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.UnregisterPrefixResponse.FromString,
+                _registered_method=True)
+        self.WarmPrefix = channel.unary_unary(
+                '/quire.admin.v1.AdminService/WarmPrefix',
+                request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.WarmPrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.WarmPrefixResponse.FromString,
+                _registered_method=True)
+        self.DrainEngine = channel.unary_unary(
+                '/quire.admin.v1.AdminService/DrainEngine',
+                request_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.DrainEngineRequest.SerializeToString,
+                response_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.DrainEngineResponse.FromString,
                 _registered_method=True)
 
 
@@ -83,9 +128,82 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetBlockMap(self, request, context):
+        """Which blocks of an engine's pool are free, cached, used, shared or pinned.
+        Errors: NOT_FOUND (engine, or it is led by another replica).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListPrefixes(self, request, context):
         """Cached prefixes that were hit, most tokens saved first.
         Errors: INVALID_ARGUMENT (page_size, page_token).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainPrompt(self, request, context):
+        """What a prompt would find in the prefix cache now, and why not more.
+        Errors: INVALID_ARGUMENT (prompt), NOT_FOUND (model), UNAVAILABLE (no engine).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainRequest(self, request, context):
+        """What a recent request found in the prefix cache when an engine took it, and why not more.
+        Errors: NOT_FOUND (the request did not come to this replica, or too long ago).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRegisteredPrefixes(self, request, context):
+        """Shared system prompts that are registered, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RegisterPrefix(self, request, context):
+        """Registers a shared system prompt, or replaces the one of this name: all tenants share its full
+        blocks. Kept in Redis; other replicas know it within two seconds.
+        Errors: INVALID_ARGUMENT (name, text), FAILED_PRECONDITION (the name is declared in a file),
+        RESOURCE_EXHAUSTED (there are too many), UNAVAILABLE (Redis does not answer).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdatePrefix(self, request, context):
+        """Pins a registered prefix, or lets go of it. Every engine computes what is pinned and keeps it.
+        Errors: NOT_FOUND, FAILED_PRECONDITION, UNAVAILABLE as above.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnregisterPrefix(self, request, context):
+        """Forgets a registered prefix. Its blocks stay cached until they give way to others.
+        Errors: NOT_FOUND, FAILED_PRECONDITION, UNAVAILABLE as above.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WarmPrefix(self, request, context):
+        """Has every engine compute a registered prefix that it does not hold, once.
+        Errors: NOT_FOUND, UNAVAILABLE as above.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainEngine(self, request, context):
+        """Sends an engine no new requests; what waits there goes elsewhere, what runs there ends.
+        Errors: NOT_FOUND (engine, or it is led by another replica).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,10 +227,55 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.GetBlockTableRequest.FromString,
                     response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.GetBlockTableResponse.SerializeToString,
             ),
+            'GetBlockMap': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBlockMap,
+                    request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.GetBlockMapRequest.FromString,
+                    response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.GetBlockMapResponse.SerializeToString,
+            ),
             'ListPrefixes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPrefixes,
                     request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.ListPrefixesRequest.FromString,
                     response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.ListPrefixesResponse.SerializeToString,
+            ),
+            'ExplainPrompt': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainPrompt,
+                    request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.ExplainPromptRequest.FromString,
+                    response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.ExplainPromptResponse.SerializeToString,
+            ),
+            'ExplainRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRequest,
+                    request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.ExplainRequestRequest.FromString,
+                    response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.ExplainRequestResponse.SerializeToString,
+            ),
+            'ListRegisteredPrefixes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRegisteredPrefixes,
+                    request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.ListRegisteredPrefixesRequest.FromString,
+                    response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.ListRegisteredPrefixesResponse.SerializeToString,
+            ),
+            'RegisterPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterPrefix,
+                    request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.RegisterPrefixRequest.FromString,
+                    response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.RegisterPrefixResponse.SerializeToString,
+            ),
+            'UpdatePrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdatePrefix,
+                    request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.UpdatePrefixRequest.FromString,
+                    response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.UpdatePrefixResponse.SerializeToString,
+            ),
+            'UnregisterPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnregisterPrefix,
+                    request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.UnregisterPrefixRequest.FromString,
+                    response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.UnregisterPrefixResponse.SerializeToString,
+            ),
+            'WarmPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.WarmPrefix,
+                    request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.WarmPrefixRequest.FromString,
+                    response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.WarmPrefixResponse.SerializeToString,
+            ),
+            'DrainEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainEngine,
+                    request_deserializer=protos_dot_admin_dot_v1_dot_admin__pb2.DrainEngineRequest.FromString,
+                    response_serializer=protos_dot_admin_dot_v1_dot_admin__pb2.DrainEngineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -207,6 +370,33 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
+    def GetBlockMap(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.admin.v1.AdminService/GetBlockMap',
+            protos_dot_admin_dot_v1_dot_admin__pb2.GetBlockMapRequest.SerializeToString,
+            protos_dot_admin_dot_v1_dot_admin__pb2.GetBlockMapResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListPrefixes(request,
             target,
             options=(),
@@ -223,6 +413,222 @@ class AdminService:
             '/quire.admin.v1.AdminService/ListPrefixes',
             protos_dot_admin_dot_v1_dot_admin__pb2.ListPrefixesRequest.SerializeToString,
             protos_dot_admin_dot_v1_dot_admin__pb2.ListPrefixesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainPrompt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.admin.v1.AdminService/ExplainPrompt',
+            protos_dot_admin_dot_v1_dot_admin__pb2.ExplainPromptRequest.SerializeToString,
+            protos_dot_admin_dot_v1_dot_admin__pb2.ExplainPromptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.admin.v1.AdminService/ExplainRequest',
+            protos_dot_admin_dot_v1_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
+            protos_dot_admin_dot_v1_dot_admin__pb2.ExplainRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRegisteredPrefixes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.admin.v1.AdminService/ListRegisteredPrefixes',
+            protos_dot_admin_dot_v1_dot_admin__pb2.ListRegisteredPrefixesRequest.SerializeToString,
+            protos_dot_admin_dot_v1_dot_admin__pb2.ListRegisteredPrefixesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.admin.v1.AdminService/RegisterPrefix',
+            protos_dot_admin_dot_v1_dot_admin__pb2.RegisterPrefixRequest.SerializeToString,
+            protos_dot_admin_dot_v1_dot_admin__pb2.RegisterPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdatePrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.admin.v1.AdminService/UpdatePrefix',
+            protos_dot_admin_dot_v1_dot_admin__pb2.UpdatePrefixRequest.SerializeToString,
+            protos_dot_admin_dot_v1_dot_admin__pb2.UpdatePrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnregisterPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.admin.v1.AdminService/UnregisterPrefix',
+            protos_dot_admin_dot_v1_dot_admin__pb2.UnregisterPrefixRequest.SerializeToString,
+            protos_dot_admin_dot_v1_dot_admin__pb2.UnregisterPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WarmPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.admin.v1.AdminService/WarmPrefix',
+            protos_dot_admin_dot_v1_dot_admin__pb2.WarmPrefixRequest.SerializeToString,
+            protos_dot_admin_dot_v1_dot_admin__pb2.WarmPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.admin.v1.AdminService/DrainEngine',
+            protos_dot_admin_dot_v1_dot_admin__pb2.DrainEngineRequest.SerializeToString,
+            protos_dot_admin_dot_v1_dot_admin__pb2.DrainEngineResponse.FromString,
             options,
             channel_credentials,
             insecure,

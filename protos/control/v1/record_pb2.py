@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.inference.v1 import inference_pb2 as protos_dot_inference_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprotos/control/v1/record.proto\x12\x10quire.control.v1\x1a#protos/inference/v1/inference.proto\"\x9b\x01\n\x0eSequenceRecord\x12\x34\n\x07request\x18\x01 \x01(\x0b\x32#.quire.inference.v1.GenerateRequest\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x16\n\x0erequest_digest\x18\x03 \x01(\x0c\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x04 \x01(\x05\x12\x0f\n\x07\x61rrival\x18\x05 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprotos/control/v1/record.proto\x12\x10quire.control.v1\x1a#protos/inference/v1/inference.proto\"\xb7\x01\n\x0eSequenceRecord\x12\x34\n\x07request\x18\x01 \x01(\x0b\x32#.quire.inference.v1.GenerateRequest\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x16\n\x0erequest_digest\x18\x03 \x01(\x0c\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x04 \x01(\x05\x12\x0f\n\x07\x61rrival\x18\x05 \x01(\x03\x12\x1a\n\x12shared_block_count\x18\x06 \x01(\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.control.v1.record_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SEQUENCERECORD']._serialized_start=90
-  _globals['_SEQUENCERECORD']._serialized_end=245
+  _globals['_SEQUENCERECORD']._serialized_end=273
 # @@protoc_insertion_point(module_scope)
