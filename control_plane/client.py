@@ -23,6 +23,7 @@ from typing import Any, TypeAlias, TypedDict, Unpack, cast
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
@@ -32,6 +33,7 @@ DEFAULT_ADDRESS = "127.0.0.1:7401"
 # Seconds before the first new attempt; each further wait is twice as long, up to the longest.
 FIRST_WAIT = 0.05
 LONGEST_WAIT = 1.0
+_WHY_SECONDS = 1.0
 
 # Plain text, token ids, or a chat: [{"role": "user", "content": "..."}].
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"
@@ -92,7 +94,7 @@ class CallError(Exception):
         sentence = error.details() or error.code().name
         if error.code() is grpc.StatusCode.UNAVAILABLE and not details:
             # The service itself says why it is unavailable; without a reason nobody was reached.
-            sentence = f"nothing answers at {address}"
+            sentence = _unreached(address, sentence)
         return cls(error.code(), sentence, details)
 
     @property
@@ -118,6 +120,16 @@ class CallError(Exception):
             if isinstance(detail, error_details_pb2.RetryInfo):
                 return float(detail.retry_delay.ToTimedelta().total_seconds())
         return None
+
+
+def _unreached(address: str, details: str) -> str:
+    """Why nobody was reached, from gRPC's own words."""
+    _, handshake, reason = details.partition("handshake failed ")
+    if handshake:
+        return f"no TLS with {address}: {reason}"
+    if details.endswith("Socket closed"):
+        return f"{address} hangs up; it may ask for TLS, or for a certificate"
+    return f"nothing answers at {address}"
 
 
 def make_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateRequest:
@@ -194,8 +206,16 @@ class Client:
             async with asyncio.timeout(seconds):
                 await self._channel.channel_ready()
         except TimeoutError:
-            sentence = f"nothing answers at {self.address}"
-            raise CallError(grpc.StatusCode.UNAVAILABLE, sentence) from None
+            raise CallError(grpc.StatusCode.UNAVAILABLE, await self._why_unreached()) from None
+
+    async def _why_unreached(self) -> str:
+        """What a call that does not wait for a connection ends with."""
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=_WHY_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            return _unreached(self.address, str(error.details()))
+        return _unreached(self.address, "")
 
     async def generate(
         self,

@@ -719,10 +719,19 @@ def test_tokens_over_tls_without_certificates_of_clients(
             async with running_replica([port], **settings) as replica:
                 await led(replica)
                 address = f"127.0.0.1:{replica.ports[0]}"
-                for tls in (None, wire.Tls(), wire.Tls(ca=stranger.ca)):
+                for tls, sentence in (
+                    (None, f"{address} hangs up; it may ask for TLS, or for a certificate"),
+                    (wire.Tls(), f"no TLS with {address}: .*CERTIFICATE_VERIFY_FAILED.*"),
+                    (wire.Tls(ca=stranger.ca), f"no TLS with {address}: .*VERIFY_FAILED.*"),
+                ):
                     with pytest.raises(CallError) as raised:
                         await text(address, tls)
                     assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+                    assert re.fullmatch(sentence, raised.value.sentence)
+                    with pytest.raises(CallError) as raised:
+                        async with Client(address, tls=tls) as client:
+                            await client.wait_connected(0.2)
+                    assert re.fullmatch(sentence, raised.value.sentence)
                 assert await text(address, wire.Tls(ca=own.ca))
                 (tmp_path / "token").write_text("search-token\n")
                 token_file = ("--token-file", str(tmp_path / "token"))
