@@ -30,11 +30,16 @@ class AdminClient:
     ...     engines = await admin.engines()
 
     All methods raise CallError.
+
+    Args:
+        token, tls: as of the client library's `Client`.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, tls: wire.Tls | None = None) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, token: str = "", tls: wire.Tls | None = None
+    ) -> None:
         self.address = address
-        self._tls = tls
+        self._metadata, self._tls = wire.bearer(token), tls
 
     async def __aenter__(self) -> AdminClient:
         self._channel = wire.channel(self.address, self._tls)
@@ -67,14 +72,17 @@ class AdminClient:
         rows: list[Row] = []
         request.page_size = _PAGE_SIZE
         while True:
-            try:
-                page = await method(request, timeout=TIMEOUT_SECONDS)
-            except grpc.aio.AioRpcError as error:
-                raise CallError.of(error, self.address) from None
+            page = await self._call(method, request)
             rows += [_row(item) for item in getattr(page, field)]
             if not page.next_page_token:
                 return rows
             request.page_token = page.next_page_token
+
+    async def _call(self, method: Callable[..., Awaitable[Any]], request: Any) -> Any:
+        try:
+            return await method(request, timeout=TIMEOUT_SECONDS, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise CallError.of(error, self.address) from None
 
 
 async def is_serving(address: str, timeout_seconds: float = 1.0) -> bool:

@@ -19,6 +19,7 @@ from control_plane import admin_client, client
 from control_plane.admin_client import AdminClient, Row
 from control_plane.cli import views
 from control_plane.cli.ask import ask
+from control_plane.cli.credentials import Credentials, with_credentials
 from control_plane.cli.demo import run_demo
 from control_plane.cli.local_stack import (
     FREE_PORT,
@@ -55,6 +56,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for programs")
 
 
 @app.command()
+@with_credentials
 def generate(
     prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
     address: Address = client.DEFAULT_ADDRESS,
@@ -92,6 +94,8 @@ def generate(
         float, typer.Option(help="seconds without progress before a lost service is given up")
     ] = 30.0,
     as_json: AsJson = False,
+    *,
+    credentials: Credentials,
 ) -> None:
     """Asks one prompt and streams the answer; what it cost goes to standard error."""
     options = client.Options(
@@ -106,7 +110,9 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
 
     async def call() -> bool:
-        async with Client(address, retry_seconds=retry_seconds) as caller:
+        async with Client(
+            address, retry_seconds=retry_seconds, token=credentials.token, tls=credentials.tls
+        ) as caller:
             await caller.wait_connected(_CONNECT_SECONDS)
             return await ask(
                 caller, text, system=system, raw=raw, as_json=as_json,
@@ -118,30 +124,45 @@ def generate(
 
 
 @app.command()
+@with_credentials
 def prefixes(
     address: AdminAddress = admin_client.DEFAULT_ADDRESS,
     engine: EngineId = "",
     limit: Annotated[int, typer.Option(min=1, help="rows, most tokens saved first")] = 20,
     as_json: AsJson = False,
+    *,
+    credentials: Credentials,
 ) -> None:
     """Lists cached prefixes that were hit: their length, hits, and tokens saved."""
-    _list(address, as_json, lambda admin: admin.prefixes(engine), views.prefixes_table, limit)
+    admin = _admin(address, credentials)
+    _list(admin, as_json, lambda admin: admin.prefixes(engine), views.prefixes_table, limit)
 
 
 @app.command()
-def engines(address: AdminAddress = admin_client.DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+@with_credentials
+def engines(
+    address: AdminAddress = admin_client.DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+    *,
+    credentials: Credentials,
+) -> None:
     """Lists engines: their model, blocks, sequences, and prefix-cache hits in tokens."""
-    _list(address, as_json, lambda admin: admin.engines(), views.engines_table)
+    admin = _admin(address, credentials)
+    _list(admin, as_json, lambda admin: admin.engines(), views.engines_table)
 
 
 @app.command()
+@with_credentials
 def sequences(
     address: AdminAddress = admin_client.DEFAULT_ADDRESS,
     engine: EngineId = "",
     as_json: AsJson = False,
+    *,
+    credentials: Credentials,
 ) -> None:
     """Lists sequences that wait or run: their tokens and blocks."""
-    _list(address, as_json, lambda admin: admin.sequences(engine), views.sequences_table)
+    admin = _admin(address, credentials)
+    _list(admin, as_json, lambda admin: admin.sequences(engine), views.sequences_table)
 
 
 @app.command()
@@ -248,15 +269,19 @@ async def _keep_serving(stack: LocalStack, console: Console) -> None:
     await stack.watch()
 
 
+def _admin(address: str, credentials: Credentials) -> AdminClient:
+    return AdminClient(address, token=credentials.token, tls=credentials.tls)
+
+
 def _list(
-    address: str,
+    admin: AdminClient,
     as_json: bool,
     listing: Callable[[AdminClient], Awaitable[list[Row]]],
     table: Callable[[list[Row]], Table],
     limit: int | None = None,
 ) -> None:
     async def call() -> list[Row]:
-        async with AdminClient(address) as admin:
+        async with admin:
             return (await listing(admin))[:limit]
 
     rows = _run(call())
