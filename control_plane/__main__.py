@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import uvloop
@@ -11,6 +10,7 @@ from pydantic_settings import CliApp
 
 from control_plane.server import serve
 from control_plane.settings import Settings
+from protos.logs import configure
 
 
 def main() -> int:
@@ -21,9 +21,7 @@ def main() -> int:
         name = ".".join(str(part) for part in first["loc"]) or "tls"
         print(f"setting {name}: {first['msg']}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure(settings.log_level, settings.log_format)
     uvloop.run(serve(settings))
     return 0
 

@@ -124,14 +124,16 @@ def _engine(leader: EngineLeader) -> pb.Engine:
     if (failure := leader.last_failure) is not None:
         engine.last_failure = failure.sentence
         engine.last_failure_age_seconds = time.monotonic() - failure.at
+    if leader.loop is not None:
+        counters = leader.loop.counters
+        engine.prefix_hit_token_count = counters.hit_tokens
+        engine.prefix_query_token_count = counters.prompt_tokens
     if (scheduler := leader.scheduler) is not None:
         engine.free_block_count = scheduler.pool.free_count
         engine.cached_block_count = scheduler.pool.cached_count
         engine.used_block_count = scheduler.pool.used_count
         engine.running_sequence_count = scheduler.running_count
         engine.waiting_request_count = scheduler.waiting_count
-        engine.prefix_hit_token_count = scheduler.totals.cached_tokens
-        engine.prefix_query_token_count = scheduler.totals.prompt_tokens
         engine.preemption_count = scheduler.totals.preemptions
         engine.swap_count = scheduler.totals.swaps
         engine.host_block_count = scheduler.limits.host_block_count

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from control_plane.beams import Hypothesis
+from control_plane.metrics.counters import Counters
 from control_plane.plan import Logprob
+from control_plane.prefix_index import EngineLife
 from control_plane.request import FinishReason, Request, SequenceGroup
 from control_plane.text import SampleText
 from control_plane.tokenizer import PromptTokenizer
@@ -73,6 +76,20 @@ class BestSoFar:
     score: float
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """How much of a prompt an engine was expected to hold when it was chosen.
+
+    Attributes:
+        hinted_tokens: by the prefix index.
+        expected_tokens: by the index or the engine's own pool, whichever knew of more.
+    """
+
+    life: EngineLife
+    hinted_tokens: int
+    expected_tokens: int
+
+
 class Generation:
     """A request from its arrival to the last token of its last sample.
 
@@ -83,6 +100,9 @@ class Generation:
     Attributes:
         group: its sequences; replaced when the request moves to another scheduler.
         best: what a search that is to tell has found so far; None once it has ended.
+        model: whose request it is.
+        forecast: None where nobody has made one.
+        arrived_at, first_token_at: seconds, monotonic; None: not yet, or not at this replica.
     """
 
     def __init__(
@@ -100,7 +120,10 @@ class Generation:
         ]
         self.prompt_logprobs: list[Logprob] = []
         self.group: SequenceGroup | None = None
-        self.engine_id = ""
+        self.engine_id = self.model = ""
+        self.forecast: Forecast | None = None
+        self.arrived_at: float | None = None
+        self.first_token_at: float | None = None
         self.cached_tokens = 0
         self.accepted = False
         self.engine_deaths = 0
@@ -343,9 +366,15 @@ class Generations:
     A finished one is kept for a while, so that a client whose stream broke at the very end still
     gets the rest: at most `keep` of them, with `keep_tokens` tokens in all, where a token with
     log-probabilities counts for as many as it carries.
+
+    Attributes:
+        counters: what they have come to.
     """
 
-    def __init__(self, keep: int = 512, keep_tokens: int = 1 << 20) -> None:
+    def __init__(
+        self, keep: int = 512, keep_tokens: int = 1 << 20, counters: Counters | None = None
+    ) -> None:
+        self.counters = counters or Counters()
         self._running: dict[str, Generation] = {}
         self._finished: dict[str, Generation] = {}
         self._cancelled: dict[str, None] = {}
@@ -373,6 +402,7 @@ class Generations:
         request_id = generation.request.request_id
         if self._running.get(request_id) is generation:
             del self._running[request_id]
+            self.counters.ended(generation, time.monotonic())
             self._finished[request_id] = generation
             self._kept_tokens += generation.weight
             while len(self._finished) > self._keep or self._kept_tokens > self._keep_tokens:
@@ -383,6 +413,7 @@ class Generations:
         request_id = generation.request.request_id
         if self._running.get(request_id) is generation:
             del self._running[request_id]
+            self.counters.ended(generation, time.monotonic())
             self._cancelled[request_id] = None
             while len(self._cancelled) > 8 * self._keep:
                 del self._cancelled[next(iter(self._cancelled))]

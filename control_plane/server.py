@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from contextlib import suppress
+from wsgiref.simple_server import WSGIServer
 
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import start_http_server
@@ -14,7 +15,9 @@ from control_plane import admin, frontend
 from control_plane.engine_link import EngineLink
 from control_plane.generation import Generations
 from control_plane.leader import EngineLeader, LeaderState
-from control_plane.metrics import Metrics
+from control_plane.metrics.activity import Activity
+from control_plane.metrics.families import Metrics
+from control_plane.metrics.vllm import VllmMetrics
 from control_plane.prefix_index import PrefixIndex
 from control_plane.router import Router
 from control_plane.settings import Settings
@@ -38,14 +41,15 @@ class Replica:
             namespace=settings.index_namespace,
             lookup_timeout_seconds=settings.index_timeout_ms / 1000,
         )
-        self.generations = Generations()
+        self.metrics = Metrics()
+        self.generations = Generations(counters=self.metrics.counters)
         self.router = Router(self.generations, self.index)
         self.router.leaders += [self._leader(address) for address in _addresses(settings.engines)]
-        self.metrics = Metrics()
         self.frontend = frontend.Frontend(
             self.router, self.generations, self.metrics, settings.max_waiting_seconds
         )
         self._tasks: list[asyncio.Task[None]] = []
+        self._metrics_server: WSGIServer | None = None
         self._servers = [wire.server(), wire.server()]
         self.ports: list[int] = []
 
@@ -82,16 +86,24 @@ class Replica:
         for server, address in zip(self._servers, addresses, strict=True):
             self.ports.append(wire.listen(server, address, self.settings.tls))
             await server.start()
-        if self.settings.metrics_port:
-            host = self.settings.listen.rpartition(":")[0].strip("[]")
-            start_http_server(self.settings.metrics_port, host, self.metrics.registry)
-        self.metrics.observe(self.router, self.index)
+        self._serve_metrics()
         await self.index.start()
         self._tasks = [asyncio.create_task(leader.run()) for leader in self.router.leaders]
         self._tasks.append(asyncio.create_task(self._report_health(healths)))
+        activity = Activity(self.metrics.counters, self.router)
+        self._tasks.append(asyncio.create_task(activity.report()))
         for task in self._tasks:
             task.add_done_callback(_log_failure)
         log.info("inference API on port %d, admin API on port %d", *self.ports)
+
+    def _serve_metrics(self) -> None:
+        self.metrics.observe(self.router, self.index, lambda: self.frontend.draining)
+        if self.settings.vllm_metrics:
+            self.metrics.registry.register(VllmMetrics(self.metrics.counters, self.router))
+        if self.settings.metrics_port:
+            host = self.settings.listen.rpartition(":")[0].strip("[]")
+            server, _ = start_http_server(self.settings.metrics_port, host, self.metrics.registry)
+            self._metrics_server = server
 
     async def _report_health(self, healths: list[health.aio.HealthServicer]) -> None:
         """SERVING while at least one engine is led, so that traffic goes where it is answered."""
@@ -121,6 +133,9 @@ class Replica:
         for leader in self.router.leaders:
             await leader.link.close()
         await self.index.close()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.shutdown)
+            self._metrics_server.server_close()
 
 
 async def serve(settings: Settings) -> None:
