@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import uvloop
@@ -12,6 +11,7 @@ from pydantic_settings import CliApp
 from control_plane.prefixes.file import BadPrefixesFile
 from control_plane.server import serve
 from control_plane.settings import Settings
+from protos.logs import configure
 
 
 def main() -> int:
@@ -22,9 +22,7 @@ def main() -> int:
         name = ".".join(str(part) for part in first["loc"]) or "tls"
         print(f"setting {name}: {first['msg']}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure(settings.log_level, settings.log_format)
     try:
         uvloop.run(serve(settings))
     except BadPrefixesFile as error:

@@ -49,11 +49,14 @@ def engine(leader: EngineLeader) -> pb.Engine:
     if (loop := leader.loop) is not None:
         _add_pool(shown, loop.scheduler)
         shown.step = loop.step
-        steps = 1e6 * max(loop.timings.steps, 1)
-        shown.mean_queue_seconds = loop.timings.queue_us / steps
-        shown.mean_moves_seconds = loop.timings.moves_us / steps
-        shown.mean_forward_seconds = loop.timings.forward_us / steps
-        shown.mean_sample_seconds = loop.timings.sample_us / steps
+        timings = loop.counters.timings
+        steps = 1e6 * max(timings.steps, 1)
+        shown.mean_queue_seconds = timings.queue_us / steps
+        shown.mean_moves_seconds = timings.moves_us / steps
+        shown.mean_forward_seconds = timings.forward_us / steps
+        shown.mean_sample_seconds = timings.sample_us / steps
+        shown.prefix_hit_token_count = loop.counters.hit_tokens
+        shown.prefix_query_token_count = loop.counters.prompt_tokens
     return shown
 
 
@@ -68,8 +71,6 @@ def _add_pool(shown: pb.Engine, scheduler: Scheduler) -> None:
     shown.running_sequence_count = scheduler.running_count
     shown.waiting_request_count = scheduler.waiting_count
     shown.swapped_sequence_count = int(np.count_nonzero(scheduler.slots.swapped))
-    shown.prefix_hit_token_count = totals.cached_tokens
-    shown.prefix_query_token_count = totals.prompt_tokens
     shown.preemption_count = totals.preemptions
     shown.swap_count = totals.swaps
 

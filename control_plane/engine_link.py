@@ -55,6 +55,8 @@ class EngineFacts:
     eos_token_ids: tuple[int, ...]
     tokenizer_digest: str
     host_block_count: int = 0
+    bytes_per_block: int = 0
+    kv_dtype: str = ""
 
     @property
     def kind(self) -> tuple[str, int, int, str]:
@@ -86,6 +88,8 @@ class EngineLink:
             block_size=answer.geometry.block_size_tokens,
             block_count=answer.geometry.device_block_count,
             host_block_count=answer.geometry.host_block_count,
+            bytes_per_block=answer.geometry.bytes_per_block,
+            kv_dtype=answer.geometry.kv_dtype,
             slot_count=answer.limits.max_slots,
             step_tokens=answer.limits.max_tokens_per_step,
             max_length=answer.limits.max_model_length,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
@@ -26,7 +27,7 @@ from control_plane.generation import (
     Generations,
     WaitedTooLong,
 )
-from control_plane.metrics import Metrics
+from control_plane.metrics.families import Metrics
 from control_plane.overload import UNKNOWN
 from control_plane.plan import Logprob
 from control_plane.prompts import LONG_PROMPT, tokenise
@@ -39,6 +40,7 @@ from control_plane.utf8 import find_invalid_utf8
 from control_plane.wait_queue import QueueFull
 from protos import validation, wire
 from protos.inference.v1 import inference_pb2 as pb
+from protos.logs import without_values
 
 log = logging.getLogger(__name__)
 
@@ -97,24 +99,27 @@ class Frontend:
     async def Generate(
         self, message: pb.GenerateRequest | Unreadable, context: wire.Context
     ) -> None:
+        arrived, request_id = time.monotonic(), _request_id(message)
         try:
             if isinstance(message, Unreadable):
                 raise message.error
-            generation = await self._generation(message, self._tenant_of(context))
+            tenant = self._tenant_of(context)
+            generation = await self._generation(message, request_id, tenant, arrived)
             received = list(message.received_token_counts) or [0] * len(generation.samples)
             await self._stream(generation, received, context)
         except Detached as detached:
-            await wire.abort(
-                context, wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", str(detached))
-            )
+            gone = wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", str(detached))
+            await self._reject(gone, request_id, context)
         except wire.RpcError as error:
-            self._metrics.rejected.labels(error.code.name).inc()
-            await wire.abort(context, error)
+            await self._reject(error, request_id, context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
-        except Exception:
+        except Exception as error:
             reference = uuid.uuid4().hex[:12]
-            log.exception("error %s", reference)
+            fields = {"request_id": request_id, "reference": reference}
+            fields["exception"] = without_values(error)
+            log.error("error %s in request %s", reference, request_id, extra=fields)
+            self._metrics.counters.rejected[grpc.StatusCode.INTERNAL.name] += 1
             await context.abort(grpc.StatusCode.INTERNAL, f"internal error {reference}")
 
     async def Cancel(self, message: pb.CancelRequest, context: wire.Context) -> pb.CancelResponse:
@@ -131,9 +136,19 @@ class Frontend:
             await wire.abort(context, error)
         return pb.CancelResponse()
 
+    async def _reject(self, error: wire.RpcError, request_id: str, context: wire.Context) -> None:
+        self._metrics.counters.rejected[error.code.name] += 1
+        # Not its sentence, which may quote what the client sent.
+        why = ", ".join(wire.reasons(error.details))
+        fields = {"request_id": request_id, "code": error.code.name, "reason": why}
+        log.info("request %s refused: %s %s", request_id, error.code.name, why, extra=fields)
+        await wire.abort(context, error)
+
     # Finding or starting the generation.
 
-    async def _generation(self, message: pb.GenerateRequest, tenant: str) -> Generation:
+    async def _generation(
+        self, message: pb.GenerateRequest, request_id: str, tenant: str, arrived: float
+    ) -> Generation:
         if self.draining:
             raise wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", "this replica is draining")
         try:
@@ -152,8 +167,11 @@ class Frontend:
                 facts.block_count,
             )
             max_tokens = validation.check_length(len(prompt), message.stopping, limits, fitting)
-            request = await self._request(message, prompt, max_tokens, facts, tenant, digest)
-            loop = await self._router.choose(request, candidates)
+            named = pb.GenerateRequest()
+            named.CopyFrom(message)
+            named.request_id = request_id
+            request = await self._request(named, prompt, max_tokens, facts, tenant, digest)
+            loop, forecast = await self._router.choose(request, candidates)
         except UnknownModel as error:
             raise wire.failed(grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL", str(error)) from error
         except AmbiguousModel as error:
@@ -165,6 +183,7 @@ class Frontend:
             return existing
         stop_strings = tuple(message.stopping.stop_strings)
         generation = Generation(request, digest, tokenizer, stop_strings, facts.kind)
+        generation.arrived_at, generation.forecast = arrived, forecast
         self._submit(loop, generation)
         generation.limit_waiting(self._waiting_limit(message))
         return generation
@@ -196,10 +215,7 @@ class Frontend:
         tenant: str,
         digest: bytes,
     ) -> Request:
-        named = pb.GenerateRequest()
-        named.CopyFrom(message)
-        named.request_id = message.request_id or uuid.uuid4().hex
-        make = partial(records.new_request, named, prompt, max_tokens, facts, tenant, digest)
+        make = partial(records.new_request, message, prompt, max_tokens, facts, tenant, digest)
         shared = self._shared_prefix(prompt, facts)
         return await asyncio.to_thread(make, shared) if len(prompt) > LONG_PROMPT else make(shared)
 
@@ -223,6 +239,7 @@ class Frontend:
                     for event in _events(delta, generation):
                         await context.write(event)
             await context.write(pb.GenerateResponse(usage=_usage(generation)))
+            _log_end(generation)
         except WaitedTooLong as late:
             raise self._expired(generation, late) from late
         finally:
@@ -230,10 +247,11 @@ class Frontend:
             unwanted = not generation.finished and generation.subscriber_count == 0
             if unwanted and not generation.detached:
                 self._router.cancel(generation)
+                _log_end(generation)
 
     def _expired(self, generation: Generation, late: WaitedTooLong) -> wire.RpcError:
         """To come back once what waits with it now, itself included, would have been admitted."""
-        self._metrics.expired.inc()
+        self._metrics.counters.expired += 1
         loop = self._router.loop_of(generation)
         seconds = loop.drain_seconds() if loop is not None else UNKNOWN
         return wire.overloaded(str(late), seconds, "WAITED_TOO_LONG")
@@ -254,6 +272,35 @@ def add_to_server(frontend: Frontend, server: grpc.aio.Server) -> None:
         ),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+def _request_id(message: pb.GenerateRequest | Unreadable) -> str:
+    """The client's, if it is one that may be shown, or a new one."""
+    own: str = "" if isinstance(message, Unreadable) else message.request_id
+    return own if validation.is_request_id(own) else uuid.uuid4().hex
+
+
+def _log_end(generation: Generation) -> None:
+    """One line for a call that has ended: an error is something to look at, others are not."""
+    endings = [sample.ending for sample in generation.samples if sample.ending is not None]
+    level = logging.DEBUG
+    if any(ending.reason is FinishReason.ERROR for ending in endings):
+        level = logging.INFO
+    if not log.isEnabledFor(level):
+        return
+    request, arrived = generation.request, generation.arrived_at
+    fields = {
+        "request_id": request.request_id,
+        "tenant": request.salt,
+        "engine": generation.engine_id,
+        "reasons": ",".join(ending.reason.value for ending in endings),
+        "prompt_tokens": len(request.prompt),
+        "cached_tokens": generation.cached_tokens,
+        "output_tokens": sum(len(sample.token_ids) for sample in generation.samples),
+        "seconds": round(time.monotonic() - arrived, 3) if arrived is not None else None,
+    }
+    told = ", ".join(f"{name} {value}" for name, value in fields.items() if name != "request_id")
+    log.log(level, "request %s ended: %s", request.request_id, told, extra=fields)
 
 
 def _accepted(generation: Generation) -> pb.Accepted:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from control_plane.beams import Hypothesis
+from control_plane.metrics.counters import Counters
 from control_plane.plan import Logprob
+from control_plane.prefix_index import EngineLife
 from control_plane.request import FinishReason, Request, SequenceGroup
 from control_plane.text import SampleText
 from control_plane.tokenizer import PromptTokenizer
@@ -77,6 +80,20 @@ class BestSoFar:
     score: float
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """How much of a prompt an engine was expected to hold when it was chosen.
+
+    Attributes:
+        hinted_tokens: by the prefix index.
+        expected_tokens: by the index or the engine's own pool, whichever knew of more.
+    """
+
+    life: EngineLife
+    hinted_tokens: int
+    expected_tokens: int
+
+
 class Generation:
     """A request from its arrival to the last token of its last sample.
 
@@ -87,6 +104,10 @@ class Generation:
     Attributes:
         group: its sequences; replaced when the request moves to another scheduler.
         best: what a search that is to tell has found so far; None once it has ended.
+        model: whose request it is.
+        forecast: None where nobody has made one.
+        counted: somebody sent it; else it is the control plane's own.
+        arrived_at, first_token_at: seconds, monotonic; None: not yet, or not at this replica.
     """
 
     def __init__(
@@ -104,9 +125,13 @@ class Generation:
         ]
         self.prompt_logprobs: list[Logprob] = []
         self.group: SequenceGroup | None = None
-        self.engine_id = ""
+        self.engine_id = self.model = ""
+        self.forecast: Forecast | None = None
+        self.arrived_at: float | None = None
+        self.first_token_at: float | None = None
         self.cached_tokens = 0
         self.accepted = False
+        self.counted = True
         self.engine_deaths = 0
         self.detached = False
         self.best: Hypothesis | None = None
@@ -347,9 +372,15 @@ class Generations:
     A finished one is kept for a while, so that a client whose stream broke at the very end still
     gets the rest: at most `keep` of them, with `keep_tokens` tokens in all, where a token with
     log-probabilities counts for as many as it carries.
+
+    Attributes:
+        counters: what they have come to.
     """
 
-    def __init__(self, keep: int = 512, keep_tokens: int = 1 << 20) -> None:
+    def __init__(
+        self, keep: int = 512, keep_tokens: int = 1 << 20, counters: Counters | None = None
+    ) -> None:
+        self.counters = counters or Counters()
         self._running: dict[Key, Generation] = {}
         self._finished: dict[Key, Generation] = {}
         self._cancelled: dict[Key, None] = {}
@@ -377,6 +408,7 @@ class Generations:
         key = generation.request.key
         if self._running.get(key) is generation:
             del self._running[key]
+            self._count_end(generation)
             self._finished[key] = generation
             self._kept_tokens += generation.weight
             while len(self._finished) > self._keep or self._kept_tokens > self._keep_tokens:
@@ -387,9 +419,14 @@ class Generations:
         key = generation.request.key
         if self._running.get(key) is generation:
             del self._running[key]
+            self._count_end(generation)
             self._cancelled[key] = None
             while len(self._cancelled) > 8 * self._keep:
                 del self._cancelled[next(iter(self._cancelled))]
+
+    def _count_end(self, generation: Generation) -> None:
+        if generation.counted:
+            self.counters.ended(generation, time.monotonic())
 
     def detach(self, generation: Generation) -> None:
         """Forgets a generation that goes on elsewhere."""

@@ -92,6 +92,11 @@ class EngineLeader:
     def scheduler(self) -> Scheduler | None:
         return self.loop.scheduler if self.loop else None
 
+    @property
+    def _fields(self) -> dict[str, object]:
+        """What log lines are about."""
+        return {"engine": self.facts.engine_id if self.facts else "", "epoch": self.epoch}
+
     def release(self, generation: Generation) -> None:
         """Takes a generation off the engine, if it is there."""
         if self.loop is not None:
@@ -109,7 +114,8 @@ class EngineLeader:
                 self.state, self.leader_address = LeaderState.FOLLOWED, refused.leader_address
             except LinkLost as lost:
                 if self.state is LeaderState.LED:
-                    log.warning("engine %s lost: %s", self.link.address, lost)
+                    self._count_loss()
+                    log.warning("engine %s lost: %s", self.link.address, lost, extra=self._fields)
                     lost_at = time.monotonic()
                     self.last_failure = Failure(str(lost), lost_at)
                 elif lost.denied and not denied:
@@ -121,10 +127,17 @@ class EngineLeader:
             except Exception:
                 # A fault of our own. Requests that are there each time it happens are failed, as
                 # if their engine had died under them.
-                log.exception("the step loop of %s failed", self.link.address)
+                address = self.link.address
+                log.exception("the step loop of %s failed", address, extra=self._fields)
+                self._count_loss()
                 self.state, self._faulted = LeaderState.CONNECTING, True
             self._care_for_stranded(time.monotonic() - lost_at)
             await asyncio.sleep(self._settings.retry_seconds)
+
+    def _count_loss(self) -> None:
+        if self.state is LeaderState.LED and self.facts is not None:
+            facts = self.facts
+            self._generations.counters.engine(facts.engine_id, facts.model).losses += 1
 
     def _care_for_stranded(self, seconds: float) -> None:
         """Finds another place for what ran on an engine that has been lost for some time."""
@@ -161,8 +174,9 @@ class EngineLeader:
             held = loop.scheduler.pool.held_hashes
             self._index.track(facts.fingerprint, loop.life, lambda _: held())
             self.loop, self.epoch = loop, leadership.epoch
+            loop.counters.leaderships += 1
             self.state, self.leader_address = LeaderState.LED, self._settings.own_address
-            log.info("leads %s, epoch %d", facts.engine_id, leadership.epoch)
+            log.info("leads %s, epoch %d", facts.engine_id, leadership.epoch, extra=self._fields)
             await loop.drive(leadership)
         finally:
             leadership.close()

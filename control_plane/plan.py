@@ -75,6 +75,8 @@ class Plan:
     beam_tokens: list[int] = field(default_factory=list)
     hashed: dict[int, bytes] = field(default_factory=dict)
     decode_count: int = 0
+    # Sequences that are to be computed again, with the slots that they had; not for the engine.
+    taken_off: list[tuple[Sequence, int]] = field(default_factory=list)
 
     @property
     def token_count(self) -> int:
@@ -126,6 +128,7 @@ class Outcome:
         sequences: object [n], the sequences that got a token.
         slots: int32 [n], the slots they had when the step ran.
         token_ids: int32 [n].
+        decode_count: how many of them decode; the others, which follow, had a prompt computed.
         finished: ended sequences with the reason and, for an error, its sentence.
         logprobs: by slot.
         hypotheses: results of beam searches that have ended, best first.
@@ -135,6 +138,7 @@ class Outcome:
     sequences: npt.NDArray[np.object_]
     slots: Int32Array
     token_ids: Int32Array
+    decode_count: int
     finished: list[tuple[Sequence, FinishReason, str]]
     logprobs: dict[int, Logprob]
     prompt_logprobs: list[tuple[Sequence, list[tuple[int, Logprob]]]]

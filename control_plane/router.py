@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from control_plane.generation import Generation, Generations
+from control_plane.generation import Forecast, Generation, Generations
 from control_plane.leader import EngineLeader
 from control_plane.prefix_index import EngineLife, PrefixIndex
 from control_plane.prefixes.lookups import LookupLog
@@ -58,8 +58,10 @@ class Router:
         idlest = min(serving, key=lambda loop: (_load(loop), loop.facts.engine_id))
         return [loop for loop in serving if loop.facts.kind == idlest.facts.kind]
 
-    async def choose(self, request: Request, candidates: list[StepLoop]) -> StepLoop:
-        """Returns the engine on which the request costs least.
+    async def choose(
+        self, request: Request, candidates: list[StepLoop]
+    ) -> tuple[StepLoop, Forecast]:
+        """Returns the engine on which the request costs least, and what it holds of the prompt.
 
         Waits for one lookup in the prefix index at most.
 
@@ -71,7 +73,14 @@ class Router:
         if not alive:
             raise NoEngine("no engine is attached")
         self.lookups.routed(request, hints)
-        return min(alive, key=lambda loop: (_cost(loop, request, hints), loop.facts.engine_id))
+        # The pool of a led engine is the truth; where it is silent the index may know more.
+        held = {
+            loop: max(len(loop.scheduler.pool.match(request.hashes)), hints.get(loop.life, 0))
+            for loop in alive
+        }
+        loop = min(alive, key=lambda loop: (_cost(loop, request, held[loop]), loop.facts.engine_id))
+        size = loop.facts.block_size
+        return loop, Forecast(loop.life, hints.get(loop.life, 0) * size, held[loop] * size)
 
     async def _hints(self, request: Request, candidates: list[StepLoop]) -> dict[EngineLife, int]:
         if not request.hashes:
@@ -113,8 +122,6 @@ def _load(loop: StepLoop) -> int:
     return scheduler.waiting_tokens + RUNNING_SEQUENCE_TOKENS * scheduler.running_count
 
 
-def _cost(loop: StepLoop, request: Request, hints: dict[EngineLife, int]) -> int:
+def _cost(loop: StepLoop, request: Request, held_blocks: int) -> int:
     """Tokens to compute before the request's first one, its own and those ahead of it."""
-    # The pool of a led engine is the truth; where it is silent the index may know more.
-    cached = max(len(loop.scheduler.pool.match(request.hashes)), hints.get(loop.life, 0))
-    return len(request.prompt) - cached * loop.facts.block_size + _load(loop)
+    return len(request.prompt) - held_blocks * loop.facts.block_size + _load(loop)

@@ -78,6 +78,7 @@ class SchedulerLimits:
 class _InFlight:
     """A plan whose result is awaited: who is sampled, and who runs a chunk, by slot and serial.
 
+    decode_count: the first ones of the sampled, which decode.
     moved_blocks, chunk_tokens: what its timings are for.
     """
 
@@ -85,13 +86,14 @@ class _InFlight:
     slots: Int32Array
     serials: npt.NDArray[np.int64]
     chunks: dict[int, int]
+    decode_count: int
     moved_blocks: int
     chunk_tokens: int
 
 
 @dataclass(slots=True)
 class Totals:
-    """Counters since this scheduler began."""
+    """Counters that schedulers add to."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -103,16 +105,20 @@ class Totals:
 
 
 class Scheduler:
-    """Schedules one engine. Every call costs O(changes) and a few vector operations."""
+    """Schedules one engine. Every call costs O(changes) and a few vector operations.
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    Args:
+        totals: those of the engine's former schedulers, to go on with.
+    """
+
+    def __init__(self, limits: SchedulerLimits, totals: Totals | None = None) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.block_count, limits.tenant_quota)
         self.slots = SlotTable(limits.slot_count, limits.max_length, limits.block_size)
         self.swap = SwapSpace(limits.host_block_count, self.pool, self.slots)
         self.queue = WaitQueue(limits.waiting_requests, limits.waiting_tokens)
         self.costs = CostModel()
-        self.totals = Totals()
+        self.totals = totals or Totals()
         self._branching = Branching(self.pool, self.slots)
         self._hashers: dict[str, PrefixHasher] = {}
         self._arrivals = 0
@@ -207,7 +213,8 @@ class Scheduler:
         chunks = {slot: int(self.slots.serial[slot]) for slot in plan.chunk_slots}
         serials = self.slots.serial[slots]
         moved, chunked = plan.moved_block_count, sum(plan.chunk_counts)
-        self._in_flight.append(_InFlight(plan.step, slots, serials, chunks, moved, chunked))
+        flight = _InFlight(plan.step, slots, serials, chunks, len(run), moved, chunked)
+        self._in_flight.append(flight)
         self._step = plan.step
         return plan
 
@@ -228,7 +235,9 @@ class Scheduler:
         current = table.serial[slots] == flight.serials
         if result.faults:
             current &= ~np.isin(slots, list(result.faults))
+        decodes = flight.decode_count
         if not current.all():
+            decodes = int(np.count_nonzero(current[:decodes]))
             slots, tokens = slots[current], tokens[current]
         table.tokens[slots, table.known[slots]] = tokens
         table.known[slots] += 1
@@ -236,6 +245,7 @@ class Scheduler:
         hypotheses = []
         if beams.any():
             hypotheses = self._report_beams(slots[beams], result)
+            decodes -= int(np.count_nonzero(beams[:decodes]))
             slots, tokens = slots[~beams], tokens[~beams]
         stopped = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)
         ended = stopped | (table.known[slots] >= table.limit[slots])
@@ -252,8 +262,9 @@ class Scheduler:
             self._retire(sequences[row], reason)
         for slot, sentence in result.faults.items():
             self._fail(slot, flight, sentence, finished)
+        logprobs = result.logprobs
         return Outcome(
-            sequences, slots, tokens, finished, result.logprobs, prompt_logprobs, hypotheses
+            sequences, slots, tokens, decodes, finished, logprobs, prompt_logprobs, hypotheses
         )
 
     @property
@@ -650,6 +661,7 @@ class Scheduler:
                 if self._branching.has_branched(group):
                     # An engine swaps before its beams go on, so these are computed again.
                     self._branching.undo(plan, group)
+                plan.taken_off += [(sequence, sequence.slot) for sequence in group.resident()]
                 self._take_off(group)
         if swapped:
             slots = [seq.slot for group in swapped for seq in group.sequences if seq.slot >= 0]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from contextlib import suppress
+from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health, health_pb2
@@ -17,7 +18,9 @@ from control_plane.authorisation import Authorisation, tenant_of
 from control_plane.engine_link import EngineLink
 from control_plane.generation import Generations
 from control_plane.leader import EngineLeader, LeaderState
-from control_plane.metrics import Metrics
+from control_plane.metrics.activity import Activity
+from control_plane.metrics.families import Metrics
+from control_plane.metrics.vllm import VllmMetrics
 from control_plane.prefix_index import PrefixIndex
 from control_plane.prefixes.file import read_prefixes
 from control_plane.prefixes.keeper import PrefixKeeper
@@ -48,10 +51,10 @@ class Replica:
             namespace=settings.index_namespace,
             lookup_timeout_seconds=settings.index_timeout_ms / 1000,
         )
-        self.generations = Generations()
+        self.metrics = Metrics()
+        self.generations = Generations(counters=self.metrics.counters)
         self.router = Router(self.generations, self.index)
         self.router.leaders += [self._leader(address) for address in _addresses(settings.engines)]
-        self.metrics = Metrics()
         self.registered = RegisteredPrefixes(read_prefixes(settings.prefixes))
         self.store = RegisteredStore(self.index.redis, settings.index_namespace, self.registered)
         self.router.lookups.listeners.append(self.store.note)
@@ -67,6 +70,7 @@ class Replica:
         self.access = Access(settings.access, anonymous_roles(settings.anonymous_roles))
         guard = Authorisation(self.access, reflection=settings.reflection).guard()
         self._tasks: list[asyncio.Task[None]] = []
+        self._metrics_server: WSGIServer | None = None
         self._servers = [wire.server(guard), wire.server(guard)]
         self._probed: grpc.aio.Server | None = None
         self.ports: list[int] = []
@@ -110,19 +114,26 @@ class Replica:
             self._probed, self.health_port = await wire.serve_health(
                 self.settings.health_listen, healths[0]
             )
-        if self.settings.metrics_port:
-            host = self.settings.listen.rpartition(":")[0].strip("[]")
-            start_http_server(self.settings.metrics_port, host, self.metrics.registry)
-        self.metrics.observe(self.router, self.index)
+        self._serve_metrics()
         await self.index.start()
-        self._tasks = [asyncio.create_task(leader.run()) for leader in self.router.leaders]
-        self._tasks.append(asyncio.create_task(self._report_health(healths)))
-        self._tasks.append(asyncio.create_task(self.access.follow()))
-        self._tasks += [asyncio.create_task(each.run()) for each in (self.store, self.keeper)]
+        activity = Activity(self.metrics.counters, self.router)
+        runs = [leader.run() for leader in self.router.leaders]
+        runs += [self._report_health(healths), self.access.follow(), activity.report()]
+        runs += [self.store.run(), self.keeper.run()]
+        self._tasks = [asyncio.create_task(each) for each in runs]
         for task in self._tasks:
             task.add_done_callback(_log_failure)
         self._warn()
         log.info("inference API on port %d, admin API on port %d", *self.ports)
+
+    def _serve_metrics(self) -> None:
+        self.metrics.observe(self.router, self.index, lambda: self.frontend.draining)
+        if self.settings.vllm_metrics:
+            self.metrics.registry.register(VllmMetrics(self.metrics.counters, self.router))
+        if self.settings.metrics_port:
+            host = self.settings.listen.rpartition(":")[0].strip("[]")
+            server, _ = start_http_server(self.settings.metrics_port, host, self.metrics.registry)
+            self._metrics_server = server
 
     def _warn(self) -> None:
         """Says what can hardly be meant."""
@@ -162,6 +173,9 @@ class Replica:
         for leader in self.router.leaders:
             await leader.link.close()
         await self.index.close()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.shutdown)
+            self._metrics_server.server_close()
 
 
 async def serve(settings: Settings) -> None:

@@ -19,6 +19,7 @@ from control_plane import records
 from control_plane.beams import BeamSearch
 from control_plane.engine_link import EngineFacts, Leadership, LinkLost
 from control_plane.generation import Generation, Generations
+from control_plane.metrics.pace import Pace
 from control_plane.overload import DrainRate
 from control_plane.plan import Logprob, Outcome, Plan, ResidentRow, Snapshot, StepResult
 from control_plane.prefix_index import EngineLife, PrefixIndex
@@ -27,6 +28,7 @@ from control_plane.request import FinishReason, Sequence, SequenceGroup, ended_a
 from control_plane.scheduler import NeverFits, Scheduler, SchedulerLimits
 from control_plane.tokenizer import PromptTokenizer
 from control_plane.wait_queue import QueueFull
+from protos.logs import without_values
 
 log = logging.getLogger(__name__)
 
@@ -50,24 +52,6 @@ class LeaderSettings:
     check_invariants: bool = False
 
 
-@dataclass(slots=True)
-class StepTimings:
-    """Where the engine's time went, in microseconds since this leadership began."""
-
-    steps: int = 0
-    queue_us: int = 0
-    moves_us: int = 0
-    forward_us: int = 0
-    sample_us: int = 0
-
-    def add(self, step: tuple[int, int, int, int]) -> None:
-        self.steps += 1
-        self.queue_us += step[0]
-        self.moves_us += step[1]
-        self.forward_us += step[2]
-        self.sample_us += step[3]
-
-
 class StepLoop:
     """Runs one engine's steps for as long as its Lead stream lasts.
 
@@ -77,6 +61,7 @@ class StepLoop:
     Attributes:
         step: of the last plan sent.
         alive: it takes work; false once the stream is gone.
+        counters: the engine's, which outlive this leadership.
     """
 
     def __init__(
@@ -91,8 +76,8 @@ class StepLoop:
     ) -> None:
         self.facts, self.tokenizer = facts, tokenizer
         self.step, self.alive = 0, True
-        self.timings = StepTimings()
         self.life = EngineLife(facts.engine_id, facts.incarnation)
+        self.counters = generations.counters.engine(facts.engine_id, facts.model)
         self.scheduler = Scheduler(
             SchedulerLimits(
                 model_fingerprint=facts.fingerprint,
@@ -107,7 +92,8 @@ class StepLoop:
                 waiting_requests=settings.waiting_requests,
                 waiting_tokens=settings.waiting_tokens,
                 tenant_share=settings.tenant_cache_share,
-            )
+            ),
+            self.counters.totals,
         )
         self._settings, self._abandon = settings, abandon
         self._generations, self._index, self._cache_log = generations, index, cache_log
@@ -116,6 +102,11 @@ class StepLoop:
         self._told: dict[SequenceGroup, BeamSearch] = {}
         self._wake = asyncio.Event()
         self._drain = DrainRate()
+        self._pace, self._model = Pace(facts.slot_count), generations.counters.model(facts.model)
+        # Plans since the last results were delivered.
+        self._sent: list[Plan] = []
+        # Ended by a stop string, though the engine was a step ahead; until all is delivered.
+        self._stopped: set[Sequence] = set()
 
     # Work from frontends.
 
@@ -134,6 +125,16 @@ class StepLoop:
     def drain_seconds(self) -> float:
         """When all that waits here may have found room."""
         return self._drain.seconds_for(self.scheduler.waiting_tokens, time.monotonic())
+
+    @property
+    def request_count(self) -> int:
+        """Requests that wait or run here."""
+        return len(self._owners)
+
+    def longest_wait(self, now: float) -> float:
+        """Seconds since the first of those arrived that no engine has taken; on any thread."""
+        waiting = [each.arrived_at for each in list(self._owners.values()) if not each.accepted]
+        return now - min((arrived for arrived in waiting if arrived is not None), default=now)
 
     def resume(self, generation: Generation) -> None:
         """Queues a generation that ran before; it goes on after the tokens it has."""
@@ -165,6 +166,7 @@ class StepLoop:
 
     def _own(self, generation: Generation, group: SequenceGroup) -> None:
         generation.group, generation.engine_id = group, self.facts.engine_id
+        generation.model = self.facts.model
         self._owners[group] = generation
         if group.beams is not None and group.beams.fields.stream_best:
             self._told[group] = group.beams
@@ -173,6 +175,7 @@ class StepLoop:
     def _disown(self, group: SequenceGroup) -> None:
         del self._owners[group]
         self._told.pop(group, None)
+        self._pace.forget(group)
 
     # Taking over.
 
@@ -196,14 +199,16 @@ class StepLoop:
             group = _group_so_far(generation)
             adopted += [(group.sequences[row.sample_index], row) for row in rows]
             self._own(generation, group)
+            if not generation.accepted:  # The plan had arrived, but sending it seemed to fail.
+                self._admitted(generation, records.admission_facts(rows[0].record)[1])
         self.scheduler.restore(adopted, snapshot.hashes, released)
         self._cache_log.begin(self.scheduler.pool.held_hashes(), time.monotonic())
         for sequence, row in adopted:
             generation = self._owners[sequence.group]
             try:
                 self._catch_up(generation, sequence, row)
-            except Exception:
-                self._contain(generation)
+            except Exception as error:
+                self._contain(generation, error)
         for generation in residents:
             self._close_if_finished(generation)
         for generation in stranded:
@@ -216,7 +221,8 @@ class StepLoop:
             generation = self._known_or_new(row)
             return generation if generation and _continues(generation, row) else None
         except Exception:
-            log.exception("slot %d holds nothing that can go on", row.slot)
+            fields = {"engine": self.facts.engine_id}
+            log.exception("slot %d holds nothing that can go on", row.slot, extra=fields)
             return None
 
     def _known_or_new(self, row: ResidentRow) -> Generation | None:
@@ -249,7 +255,12 @@ class StepLoop:
         request = generation.request
         count, reason = ended_at(request, row.tokens)
         sample = generation.samples[sequence.sample_index]
+        # Of a request from another replica, that one has counted the tokens.
+        known = generation.arrived_at is not None
         for token in row.tokens[row.prompt_count + len(sample.token_ids) : count].tolist():
+            if known:
+                self.counters.output_tokens += 1
+                self._generations.counters.first_token(generation, time.monotonic())
             if generation.push(sequence.sample_index, token):
                 self.scheduler.finish(sequence, FinishReason.STOP)
                 return
@@ -274,17 +285,21 @@ class StepLoop:
         generation.fail(sentence)
         self._generations.finish(generation)
 
-    def _contain(self, generation: Generation) -> None:
+    def _contain(self, generation: Generation, error: Exception) -> None:
         """Ends one generation after an exception while its tokens were worked on: no other's."""
-        reference = uuid.uuid4().hex[:12]
-        log.exception("error %s in request %s", reference, generation.request.request_id)
+        reference, request_id = uuid.uuid4().hex[:12], generation.request.request_id
+        fields = {"request_id": request_id, "engine": self.facts.engine_id, "reference": reference}
+        fields["exception"] = without_values(error)
+        log.error("error %s in request %s", reference, request_id, extra=fields)
         self.release(generation)
         self._fail(generation, f"internal error {reference}")
 
     def _end_orphan(self, generation: Generation) -> None:
         running = self._generations.running(generation.request.key) is generation
         if running and not generation.finished and generation.subscriber_count == 0:
-            log.info("nobody came back for %s", generation.request.request_id)
+            request_id = generation.request.request_id
+            fields = {"request_id": request_id, "engine": generation.engine_id}
+            log.info("nobody came back for request %s", request_id, extra=fields)
             self._abandon(generation)
 
     # The loop.
@@ -304,6 +319,10 @@ class StepLoop:
                 await self._plan_ahead(leadership)
                 for outcome in outcomes:
                     self._deliver(outcome)
+                self._stopped.clear()
+                for plan in self._sent:
+                    self._pace.begin(plan)
+                self._sent.clear()
                 if reader.done():
                     reader.result()
                 if not self._wake.is_set():
@@ -325,7 +344,7 @@ class StepLoop:
             await leadership.heartbeat()
 
     def _apply(self, result: StepResult) -> Outcome:
-        self.timings.add(result.timings_us)
+        self.counters.timings.add(result.timings_us)
         try:
             return self.scheduler.apply(result)
         except ValueError as error:
@@ -357,12 +376,26 @@ class StepLoop:
             if generation is None:
                 continue
             if not generation.accepted:
-                now, request = time.monotonic(), generation.request
-                self._drain.add(now, len(admission.tokens))
-                self._cache_log.admitted(request, self.facts, admission.cached, now)
-            generation.accept(self.facts.engine_id, admission.cached)
+                self._drain.add(time.monotonic(), len(admission.tokens))
+            self._admitted(generation, admission.cached)
+        self._sent.append(plan)
+        if plan.swapped_out or plan.swapped_in:
+            self.counters.count_swaps(plan, self.facts.bytes_per_block)
+
+    def _admitted(self, generation: Generation, cached: int) -> None:
+        """Lets a request know that the engine has it; the first time, it is counted."""
+        if not generation.accepted and generation.counted:
+            now = time.monotonic()
+            self._cache_log.admitted(generation.request, self.facts, cached, now)
+            shared = generation.request.shared_blocks * self.facts.block_size
+            self._generations.counters.admitted(generation, self.life, cached, now, shared)
+        generation.accept(self.facts.engine_id, cached)
 
     def _deliver(self, outcome: Outcome) -> None:
+        self._clock(outcome)
+        # Tokens past a stop string that was found while this result was under way.
+        stopped = self._stopped
+        missed = sum(sequence in stopped for sequence in outcome.sequences) if stopped else 0
         for sequence, pairs in outcome.prompt_logprobs:
             if (generation := self._owners.get(sequence.group)) is not None:
                 _add_prompt_logprobs(generation, pairs)
@@ -372,22 +405,28 @@ class StepLoop:
         for sequence, slot, token in columns:
             generation = self._owners.get(sequence.group)
             if generation is None:
+                missed += sequence not in stopped
                 continue
             logprob = outcome.logprobs.get(slot) if outcome.logprobs else None
             try:
                 if generation.push(sequence.sample_index, token, logprob):
+                    self._stopped.add(sequence)
                     self.scheduler.finish(sequence, FinishReason.STOP)
                     self._wake.set()
                     self._close_if_finished(generation)
-            except Exception:
-                self._contain(generation)
+            except Exception as error:
+                self._contain(generation, error)
+        self.counters.output_tokens += len(outcome.slots) - missed
         for group, hypotheses in outcome.hypotheses:
             if (generation := self._owners.get(group)) is not None:
                 try:
                     generation.end_beams(hypotheses)
+                    lengths = [len(sample.token_ids) for sample in generation.samples]
+                    self.counters.output_tokens += sum(lengths)
+                    self._generations.counters.first_token(generation, time.monotonic())
                     self._close_if_finished(generation)
-                except Exception:
-                    self._contain(generation)
+                except Exception as error:
+                    self._contain(generation, error)
         for sequence, reason, sentence in outcome.finished:
             generation = self._owners.get(sequence.group)
             if generation is None:
@@ -395,11 +434,19 @@ class StepLoop:
             try:
                 generation.end(sequence.sample_index, reason, sentence)
                 self._close_if_finished(generation)
-            except Exception:
-                self._contain(generation)
+            except Exception as error:
+                self._contain(generation, error)
         for group, search in self._told.items():
             if search.best is not None:
                 self._owners[group].show_best(search.best)
+
+    def _clock(self, outcome: Outcome) -> None:
+        """Counts how long the tokens were waited for."""
+        now = time.monotonic()
+        for sequence in self._pace.step(outcome, now, self._model.token_gap):
+            generation = self._owners.get(sequence.group)
+            if generation is not None:
+                self._generations.counters.first_token(generation, now)
 
     def _close_if_finished(self, generation: Generation) -> None:
         if generation.finished and generation.group in self._owners:

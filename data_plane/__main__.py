@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 import uvloop
 from grpc_health.v1 import health_pb2
+from prometheus_client import start_http_server
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 from torch.distributed.distributed_c10d import Store
@@ -27,6 +29,8 @@ from data_plane.follower import follow
 from data_plane.kv_scales import KV_DTYPE, KVScales
 from data_plane.load_progress import shown
 from data_plane.memory import cache_bytes
+from data_plane.metrics.activity import Activity
+from data_plane.metrics.families import registry_of
 from data_plane.model import Model, ModelError, ModelFacts, load_model
 from data_plane.ranks import EXIT_BAD_MODEL, EXIT_WORKER_FAILED, Loss, Place, RankLost, Ranks
 from data_plane.service import EngineService, ServiceTimes, leaders_only, stable_engine_id
@@ -35,7 +39,7 @@ from data_plane.step_runner import default_buckets
 from data_plane.tensor_parallel import ALONE, TensorGroup
 from data_plane.tokenizer_files import TokenizerFiles, read_tokenizer
 from data_plane.worker import Worker
-from protos import wire
+from protos import logs, wire
 from protos.engine.v1 import engine_pb2, engine_pb2_grpc
 
 log = logging.getLogger("data_plane")
@@ -110,6 +114,7 @@ def check_settings(settings: Settings, facts: ModelFacts) -> None:
 def _decisive(settings: Settings) -> int:
     """A number for the settings that decide what ranks do together, and in which order."""
     own = {"model", "listen", "engine_id", "threads", "device", "config", "kv_scales"}
+    own |= {"metrics_port", "log_format"}
     text = settings.model_dump_json(exclude=own)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
@@ -216,6 +221,10 @@ async def serve(
     probed = None
     if settings.health_listen:
         probed, _ = await wire.serve_health(settings.health_listen, health)
+    if settings.metrics_port:
+        host = settings.listen.rpartition(":")[0].strip("[]")
+        start_http_server(settings.metrics_port, host, registry_of(engine, service))
+    activity = asyncio.create_task(Activity(engine).report())
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -227,6 +236,7 @@ async def serve(
         engine.model.facts.name, port, sizes.block_count, sizes.block_size, sizes.slot_count,
     )  # fmt: skip
     loss = await _watch(worker, ranks, stopping, settings.hung_step_seconds)
+    activity.cancel()
     await health.enter_graceful_shutdown()
     grace = settings.stop_grace_seconds
     if loss is not None:
@@ -270,6 +280,7 @@ async def _watch(
 
 def _lead(settings: Settings, place: Place, ranks: Ranks) -> int:
     """Serves an engine as rank 0; returns the exit status."""
+    began = time.monotonic()
     try:
         tokenizer = read_tokenizer(settings.model)
         ranks.gather(place)
@@ -277,6 +288,7 @@ def _lead(settings: Settings, place: Place, ranks: Ranks) -> int:
         worker.start()
         building = worker.submit(partial(build_engine, settings, place, ranks.store))
         engine = _result(building, ranks)
+        engine.load_seconds = time.monotonic() - began
     except REFUSALS as error:
         print(f"cannot serve: {error}", file=sys.stderr)
         return EXIT_BAD_MODEL
@@ -326,10 +338,9 @@ def main() -> int:
     except ValueError as error:
         return _refused("tensor_parallel", str(error))
     mark = f"[{place.rank}]" if place.rank else ""
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s %(name)s{mark}: %(message)s",
-    )
+    engine_id = settings.engine_id or stable_engine_id(settings.listen)
+    fields = {"engine": engine_id, "rank": place.rank}
+    logs.configure(settings.log_level, settings.log_format, mark, **fields)
     warnings.simplefilter("ignore")
     if place.rank:
         build = partial(build_engine, settings, place)

@@ -18,6 +18,7 @@ from data_plane.device import Fetch, device_of
 from data_plane.fingerprint import block_fingerprint
 from data_plane.kv_cache import KVCache
 from data_plane.kv_scales import KVScales, cache_dtype
+from data_plane.metrics.meter import StepMeter
 from data_plane.model import Model
 from data_plane.plan import PlanColumns
 from data_plane.plan_check import check_plan
@@ -59,6 +60,7 @@ class Engine:
 
     Attributes:
         fingerprint: names what decides the bytes of a block; see `block_fingerprint`.
+        load_seconds: what it took to build, where somebody has measured it.
     """
 
     def __init__(
@@ -97,7 +99,8 @@ class Engine:
         self.runner = StepRunner(
             model, self.cache, self.device, self.tokens.tokens, self.state.table_width, buckets
         )
-        self.counters = engine_pb2.Counters()
+        self.counters, self.meter = engine_pb2.Counters(), StepMeter()
+        self.load_seconds = 0.0
         self._launched: deque[Launched] = deque()
         self._check = check
 
@@ -175,7 +178,10 @@ class Engine:
         Blocks that come back from the host are read by a later step; those that went there may be
         written by this one. Returns when moves began and ended.
         """
-        device, spans = self.device, []
+        device, spans, meter = self.device, [], self.meter
+        meter.swapped_out += len(moves.swap_out[0])
+        meter.swapped_in += len(moves.swap_in[0])
+        meter.copied += len(moves.copies[0])
         device.await_moves()
         if len(moves.swap_out[0]) or len(moves.copies[0]):
             with device.moving():
@@ -258,6 +264,7 @@ class Launched:
             prompt = collect_scores(self.prompt, values[count:], nothing)
             self.engine.state.record(self.awaited, samples.token_ids)
             times = self._timings()
+            self.engine.meter.took(times)
             self.result = encode_result(self.plan, self.batch, samples, prompt, times)
         return self.result
 

@@ -77,6 +77,11 @@ class Model:
         self.device = device
         self._module = module
 
+    @property
+    def weight_bytes(self) -> int:
+        """What parameters and buffers take, on this rank."""
+        return sum(each.nbytes for each in [*self._module.parameters(), *self._module.buffers()])
+
     @torch.inference_mode()
     def forward(
         self,

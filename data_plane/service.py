@@ -84,6 +84,9 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
 
     Args:
         ranks: the other ranks of the engine, which do whatever this process does.
+
+    Attributes:
+        refused: plans that were refused, by why; see `PlanError`.
     """
 
     def __init__(
@@ -105,6 +108,24 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         self._leader: _Leadership | None = None
         self._eviction: asyncio.Task[None] | None = None
         self._failing, self._failure = asyncio.Event(), ""
+        self.refused = dict.fromkeys(("INVALID", "DRIFT", "STALE_EPOCH", "OUT_OF_ORDER"), 0)
+
+    @property
+    def engine_id(self) -> str:
+        return self._engine_id
+
+    @property
+    def incarnation(self) -> str:
+        return self._incarnation
+
+    @property
+    def epoch(self) -> int:
+        """Of the last leadership that was granted."""
+        return self._epoch
+
+    @property
+    def led(self) -> bool:
+        return self._leader is not None
 
     def fail(self, sentence: str) -> None:
         """Ends the Lead stream, now and for good, with why the engine cannot go on."""
@@ -182,6 +203,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         except wire.RpcError as error:
             if error.code in _REFUSALS:
                 self._engine.counters.refused_plan_count += 1
+                for reason in wire.reasons(error.details):
+                    self.refused[reason] = self.refused.get(reason, 0) + 1
             await wire.abort(context, error)
 
     async def _lead(
@@ -194,7 +217,9 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         leader = self._leader = _Leadership(claim.leader_address, self._epoch)
         if self._eviction is not None:
             self._eviction.cancel()
-        log.info("leader granted: epoch %d to %s", leader.epoch, leader.address or "unnamed")
+        fields = {"epoch": leader.epoch}
+        name = leader.address or "unnamed"
+        log.info("leader granted: epoch %d to %s", leader.epoch, name, extra=fields)
         tasks: list[asyncio.Task[object]] = []
         try:
             # The worker's queue is first come, first served: by the time this snapshot is taken,
@@ -312,7 +337,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         self._leader, leader.broken = None, True
         while not leader.results.empty():
             leader.results.get_nowait().cancel()
-        log.info("leader gone: epoch %d", leader.epoch)
+        log.info("leader gone: epoch %d", leader.epoch, extra={"epoch": leader.epoch})
         self._eviction = asyncio.create_task(self._evict_later())
 
     async def _evict_later(self) -> None:

@@ -374,6 +374,15 @@ class ResidentState:
     def resident_slots(self) -> Int32Array:
         return np.flatnonzero(self.token_count).astype(np.int32)
 
+    def resident_counts(self) -> tuple[int, int]:
+        """Returns how many sequences are resident, and how many of them are swapped out."""
+        return int(np.count_nonzero(self.token_count)), int(np.count_nonzero(self.swapped))
+
+    def host_blocks_used(self) -> int:
+        """Blocks of the swap space that hold something."""
+        tables = [self.table(slot) for slot in np.flatnonzero(self.swapped).tolist()]
+        return len(np.unique(np.concatenate(tables))) if tables else 0
+
     def block_counts(self) -> tuple[int, int, int]:
         """Returns (free, cached, referenced) blocks."""
         referenced = self.reference_counts > 0

@@ -60,6 +60,10 @@ class StepRunner:
         tokens: int32 [slots, length] on the device, the token table.
         block_table_width: entries of the longest block table.
         buckets: batch sizes that decodes are padded to; none: they run as they come.
+
+    Attributes:
+        bucket_steps: steps by the bucket that they ran in; `unpadded_steps`: in none.
+        padding_rows: of all those buckets.
     """
 
     def __init__(
@@ -76,6 +80,8 @@ class StepRunner:
         self._graphs: dict[int, Callable[[], Tensor]] = {}
         largest = max(self._buckets, default=0)
         self._columns = _Columns.empty(largest, block_table_width, device.torch_device)
+        self.bucket_steps = dict.fromkeys(self._buckets, 0)
+        self.padding_rows = self.unpadded_steps = 0
         # Logits of whatever bucket runs: each graph would keep its own.
         self._logits: Tensor | None = None
 
@@ -93,9 +99,12 @@ class StepRunner:
         plain = len(batch.slots) == batch.decode_count and not batch.prompt_rows
         for size in self._buckets if plain and self._graphs else []:
             if size >= batch.decode_count:
+                self.bucket_steps[size] += 1
+                self.padding_rows += size - batch.decode_count
                 self._fill(batch, size)
                 logits = self._graphs[size]()
                 return logits.index_select(0, self._device.send(batch.logit_rows))
+        self.unpadded_steps += 1
         return self._run_as_it_is(batch)
 
     def _run_as_it_is(self, batch: StepBatch) -> Tensor:

@@ -42,11 +42,16 @@ class ModelLimits:
     max_length: int
 
 
+def is_request_id(text: str) -> bool:
+    """Whether a client may name a request so, and a log show it."""
+    return 0 < len(text) <= MAX_REQUEST_ID_BYTES and all(" " < char <= "~" for char in text)
+
+
 def check_request(request: pb.GenerateRequest, limits: ModelLimits) -> None:
     """Raises RpcError (INVALID_ARGUMENT, naming field and limit) unless every field is valid."""
     _bytes("model", request.model, MAX_MODEL_NAME_BYTES)
     _bytes("request_id", request.request_id, MAX_REQUEST_ID_BYTES)
-    if not all(" " < char <= "~" for char in request.request_id):
+    if request.request_id and not is_request_id(request.request_id):
         raise bad_field("request_id", "must be printable ASCII without spaces")
     _number("priority", request.priority, -100, 100)
     _check_prompt(request, limits)
@@ -230,4 +235,4 @@ def _bytes(field: str, text: str, limit: int) -> None:
         raise bad_field(field, f"has {size} bytes; at most {limit} are allowed")
 
 
-__all__ = ["ModelLimits", "RpcError", "check_length", "check_request"]
+__all__ = ["ModelLimits", "RpcError", "check_length", "check_request", "is_request_id"]

@@ -213,6 +213,17 @@ def overloaded(sentence: str, retry_seconds: float, reason: str = "") -> RpcErro
     return RpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, tuple(details))
 
 
+def reasons(details: Sequence[message.Message]) -> list[str]:
+    """What programs tell errors apart by: reasons, and names of fields."""
+    found: list[str] = []
+    for detail in details:
+        if isinstance(detail, error_details_pb2.ErrorInfo):
+            found.append(detail.reason)
+        elif isinstance(detail, error_details_pb2.BadRequest):
+            found += [violation.field for violation in detail.field_violations]
+    return found
+
+
 async def abort(context: Context, error: RpcError) -> NoReturn:
     """Ends a call with an error and its details."""
     status = rpc_status.to_status(error.status())

@@ -141,6 +141,22 @@ async def running_engine(
     **times: float,
 ) -> AsyncIterator[tuple[Worker, int]]:
     """Serves an engine; yields its worker and its port."""
+    serving = serving_engine(engine, directory, address, tls, engine_id, leaders, **times)
+    async with serving as served:
+        yield served[1:]
+
+
+@asynccontextmanager
+async def serving_engine(
+    engine: Engine,
+    directory: Path | None,
+    address: str = "127.0.0.1:0",
+    tls: wire.Tls | None = None,
+    engine_id: str = "engine-test",
+    leaders: frozenset[str] = frozenset(),
+    **times: float,
+) -> AsyncIterator[tuple[EngineService, Worker, int]]:
+    """Serves an engine; yields its service, its worker and its port."""
     worker = Worker()
     worker.start()
     tokenizer = read_tokenizer(directory) if directory else None
@@ -152,7 +168,7 @@ async def running_engine(
     port = wire.listen(server, address, tls)
     await server.start()
     try:
-        yield worker, port
+        yield service, worker, port
     finally:
         await service.stop()
         await server.stop(0)

@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from prometheus_client import CollectorRegistry
 from pydantic_settings import BaseSettings
 
 from control_plane.generation import Generations
-from control_plane.metrics import Metrics
+from control_plane.metrics.families import Metrics
+from control_plane.metrics.vllm import VllmMetrics
 from control_plane.prefix_index import PrefixIndex
 from control_plane.router import Router
 from control_plane.settings import Settings as ControlSettings
+from data_plane.engine import Engine, EngineSizes
+from data_plane.metrics.families import registry_of
+from data_plane.model import Model
+from data_plane.service import EngineService, ServiceTimes
 from data_plane.settings import Settings as DataSettings
+from data_plane.worker import Worker
 from tests.processes import control_plane, data_plane
 from tests.stack import NO_REDIS
 
@@ -65,14 +73,33 @@ def test_settings_tables_are_those_of_the_code(title: str, settings: type[BaseSe
     ]
 
 
-def test_every_metric_is_listed() -> None:
+def exported(registry: CollectorRegistry) -> set[tuple[str, str]]:
+    """Name and type of each family, as the tables have them."""
+    suffixes = {"counter": "_total", "info": "_info"}
+    return {
+        (family.name + suffixes.get(family.type, ""), family.type) for family in registry.collect()
+    }
+
+
+def listed(title: str) -> set[tuple[str, str]]:
+    table = section((ROOT / "docs/operations.md").read_text(), title)
+    rows = re.findall(r"^\| `(\S+)` \| (\w+) \| (.*)$", table, re.M)
+    assert len({name for name, _, _ in rows}) == len(rows)
+    on_a_gpu = "" if torch.cuda.is_available() else "on a GPU: "
+    return {(name, kind) for name, kind, rest in rows if not on_a_gpu or on_a_gpu not in rest}
+
+
+def test_every_metric_is_listed(llama: Model) -> None:
     metrics, index = Metrics(), PrefixIndex(NO_REDIS)
-    metrics.observe(Router(Generations(), index), index)
-    exported = set()
-    for family in metrics.registry.collect():
-        exported.add(family.name + "_total" * (family.type == "counter"))
-    table = section((ROOT / "docs/operations.md").read_text(), "## Metrics")
-    assert set(re.findall(r"^\| `(quire_\w+)`", table, re.M)) == exported
+    router = Router(Generations(), index)
+    metrics.observe(router, index)
+    assert listed("### Metrics of a control plane") == exported(metrics.registry)
+    theirs = CollectorRegistry()
+    theirs.register(VllmMetrics(metrics.counters, router))
+    assert listed("### Metrics under vLLM's names") == exported(theirs)
+    engine = Engine(llama, EngineSizes(16, 8, 0, 4, 64, 256))
+    service = EngineService(engine, Worker(), None, engine_id="e", times=ServiceTimes())
+    assert listed("### Metrics of a data plane") == exported(registry_of(engine, service))
 
 
 def modules() -> Iterator[str]:

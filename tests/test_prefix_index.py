@@ -337,7 +337,7 @@ def test_counters_and_cancelled_lookups(server: RedisServer) -> None:
             )
             assert [each[ONE] for each in found] == list(range(1, 11))
             assert index.up and index.lookup_failures == 0
-            assert index.lookups == 30 and index.lookup_seconds_sum > 0
+            assert index.lookups == 30 and index.lookup_seconds.sum > 0
 
     asyncio.run(main())
 

@@ -26,7 +26,7 @@ DRAIN_SECONDS = 5
 _STOP_GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 # Settings that go to both planes; the other ones have a name of their own.
-_SHARED = {"config", "check_invariants", "log_level", "reflection"}
+_SHARED = {"config", "check_invariants", "log_format", "log_level", "reflection"}
 # Whoever reaches the admin API of a stack on the loopback interface may use all of it.
 _ALL_ROLES = "generate,read,write"
 

@@ -195,6 +195,7 @@ class PrefixKeeper:
         ids = tokens.ids.tolist() if tokens else []
         request, digest = records.warming_request(definition.name, ids, loop.facts)
         generation = Generation(request, digest, loop.tokenizer, (), loop.facts.kind)
+        generation.counted = False
         loop.submit(generation)
         self._generations.add(generation)
         log.info("warms %s on %s", definition.name, loop.facts.engine_id)
