@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -28,6 +29,7 @@ from control_plane.generation import (
 from control_plane.metrics import Metrics
 from control_plane.overload import UNKNOWN
 from control_plane.plan import Logprob
+from control_plane.relay import Relay, Write, is_relayed
 from control_plane.request import FinishReason, Request, pool_room
 from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
 from control_plane.scheduler import NeverFits
@@ -74,6 +76,7 @@ class Frontend:
     """Thin: validates, tokenises, hands over, and streams what the generation has.
 
     Args:
+        relay: where clients' calls go that are answered elsewhere.
         max_waiting_seconds: how long a request may wait for an engine; 0: no limit.
         tenant_of: whose prefix cache a call uses, from its authenticated peer.
     """
@@ -83,11 +86,12 @@ class Frontend:
         router: Router,
         generations: Generations,
         metrics: Metrics,
+        relay: Relay,
         max_waiting_seconds: float = 0.0,
         tenant_of: Callable[[wire.Context], str] = lambda _: "",
     ) -> None:
         self._router, self._generations = router, generations
-        self._metrics, self._tenant_of = metrics, tenant_of
+        self._metrics, self._relay, self._tenant_of = metrics, relay, tenant_of
         self._max_waiting_seconds = max_waiting_seconds or math.inf
         self.draining = False
 
@@ -97,13 +101,14 @@ class Frontend:
         try:
             if isinstance(message, Unreadable):
                 raise message.error
-            generation = await self._generation(message, self._tenant_of(context))
-            received = list(message.received_token_counts) or [0] * len(generation.samples)
-            await self._stream(generation, received, context)
-        except Detached as detached:
-            await wire.abort(
-                context, wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", str(detached))
-            )
+            tenant = self._tenant_of(context)
+            if is_relayed(context):
+                await self._serve(tenant, message, context.write)
+                return
+            if self.draining:
+                sentence = "this replica is draining"
+                raise wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", sentence)
+            await self._relay.generate(message, context, tenant, partial(self._serve, tenant))
         except wire.RpcError as error:
             self._metrics.rejected.labels(error.code.name).inc()
             await wire.abort(context, error)
@@ -118,20 +123,38 @@ class Frontend:
         try:
             if not message.request_id:
                 raise wire.bad_field("request_id", "is empty")
-            generation = self._generations.running(message.request_id)
-            if generation is None:
-                sentence = "no such generation is waiting or running here"
-                raise wire.failed(grpc.StatusCode.NOT_FOUND, "NO_GENERATION", sentence)
-            self._router.cancel(generation)
+            if is_relayed(context):
+                self._cancel(message.request_id)
+            else:
+                await self._relay.cancel(message, context, self._tenant_of(context), self._cancel)
         except wire.RpcError as error:
             await wire.abort(context, error)
         return pb.CancelResponse()
 
+    def _cancel(self, request_id: str) -> None:
+        generation = self._generations.running(request_id)
+        if generation is None:
+            sentence = "no such generation is waiting or running"
+            raise wire.failed(grpc.StatusCode.NOT_FOUND, "NO_GENERATION", sentence)
+        self._router.cancel(generation)
+
+    async def _serve(self, tenant: str, message: pb.GenerateRequest, write: Write) -> None:
+        """Answers a request with an engine that this replica leads.
+
+        Raises:
+            RpcError: it is refused; UNAVAILABLE if it does not go on here.
+        """
+        try:
+            generation = await self._generation(message, tenant)
+            received = list(message.received_token_counts) or [0] * len(generation.samples)
+            await self._stream(generation, received, write)
+        except Detached as detached:
+            sentence = str(detached)
+            raise wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", sentence) from detached
+
     # Finding or starting the generation.
 
     async def _generation(self, message: pb.GenerateRequest, tenant: str) -> Generation:
-        if self.draining:
-            raise wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", "this replica is draining")
         try:
             candidates = self._router.candidates(message.model)
             facts, tokenizer = candidates[0].facts, candidates[0].tokenizer
@@ -231,15 +254,13 @@ class Frontend:
 
     # Streaming.
 
-    async def _stream(
-        self, generation: Generation, received: list[int], context: wire.Context
-    ) -> None:
+    async def _stream(self, generation: Generation, received: list[int], write: Write) -> None:
         try:
             async with aclosing(generation.deltas(received)) as deltas:
                 async for delta in deltas:
                     for event in _events(delta, generation):
-                        await context.write(event)
-            await context.write(pb.GenerateResponse(usage=_usage(generation)))
+                        await write(event)
+            await write(pb.GenerateResponse(usage=_usage(generation)))
         except WaitedTooLong as late:
             raise self._expired(generation, late) from late
         finally:
@@ -262,7 +283,7 @@ def add_to_server(frontend: Frontend, server: grpc.aio.Server) -> None:
         "Generate": grpc.unary_stream_rpc_method_handler(
             frontend.Generate,
             request_deserializer=parse_request,
-            response_serializer=pb.GenerateResponse.SerializeToString,
+            response_serializer=_serialised,
         ),
         "Cancel": grpc.unary_unary_rpc_method_handler(
             frontend.Cancel,
@@ -271,6 +292,11 @@ def add_to_server(frontend: Frontend, server: grpc.aio.Server) -> None:
         ),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+def _serialised(event: pb.GenerateResponse | bytes) -> bytes:
+    """What another replica has serialised is handed on as it is."""
+    return event if isinstance(event, bytes) else event.SerializeToString()
 
 
 def _accepted(generation: Generation) -> pb.Accepted:

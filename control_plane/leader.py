@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 REHOME_SECONDS = 1.0
 # How long its clients are kept waiting if there is none; then they are told to try elsewhere.
 GONE_SECONDS = 30.0
+# The same for an engine that had said that it would go: whoever stopped it starts another.
+REPLACED_SECONDS = 600.0
+# How long a replica that drains leaves an engine to others before it claims it.
+RELUCTANT_SECONDS = 1.0
 
 
 class LeaderState(enum.Enum):
@@ -46,8 +50,11 @@ class Failure:
 class Engines(Protocol):
     """The other engines, from here: the router."""
 
-    def rehome(self, stranded: list[Generation]) -> list[Generation]:
+    def rehome(self, stranded: list[Generation], *, died: bool) -> list[Generation]:
         """Takes generations whose engine does not come back; returns those that fit nowhere."""
+
+    def spread(self) -> None:
+        """Moves what waits for draining engines to those that are not."""
 
     def cancel(self, generation: Generation) -> None:
         """Ends a generation wherever it runs."""
@@ -57,10 +64,12 @@ class EngineLeader:
     """One engine as this replica sees it.
 
     Attributes:
-        loop: the step loop of the present leadership.
-        leader_address: of whoever leads the engine.
+        loop: the step loop of the present leadership. When a draining engine has gone, another
+            one stands in for it, which only keeps what comes until the engine is back.
+        leader_address: of whoever leads the engine, or did when that was last known.
         last_failure: how this replica last lost the engine while it led it. It stays when the
             engine comes back, for whoever looks only then.
+        reluctant: this replica is about to end; another one is to lead the engine, if there is one.
     """
 
     def __init__(
@@ -80,14 +89,45 @@ class EngineLeader:
         self.epoch = 0
         self.leader_address = ""
         self.last_failure: Failure | None = None
+        self.reluctant = False
         self._generations, self._index = generations, index
         self._settings, self._engines = settings, engines
         self._stranded: list[Generation] = []
         self._faulted = False
+        # An operator wants it drained; and it was draining when it was lost.
+        self._drain_wanted, self._announced = False, False
 
     @property
     def scheduler(self) -> Scheduler | None:
         return self.loop.scheduler if self.loop else None
+
+    @property
+    def elsewhere(self) -> str:
+        """The address of the other replica that leads the engine, as far as is known."""
+        return "" if self.loop is not None or self._is_own_address else self.leader_address
+
+    @property
+    def _is_own_address(self) -> bool:
+        return self.leader_address == self._settings.own_address
+
+    @property
+    def draining(self) -> bool:
+        """Nothing new is begun on the engine: an operator wants that, or it is going to end."""
+        return self._drain_wanted or (self.loop is not None and self.loop.draining)
+
+    def drain(self) -> None:
+        """Begins nothing new on the engine; what waits moves if it can, what runs ends."""
+        self._drain_wanted = True
+        if self.loop is not None:
+            self.loop.drain(True)
+            self._engines.spread()
+
+    def undrain(self) -> None:
+        """Uses the engine again, unless it is going to end by itself."""
+        self._drain_wanted = False
+        if self.loop is not None:
+            self.loop.drain(False)
+            self._engines.spread()
 
     def release(self, generation: Generation) -> None:
         """Takes a generation off the engine, if it is there."""
@@ -109,6 +149,7 @@ class EngineLeader:
                     log.warning("engine %s lost: %s", self.link.address, lost)
                     lost_at = time.monotonic()
                     self.last_failure = Failure(str(lost), lost_at)
+                    self._stand_in()
                 self.state = LeaderState.CONNECTING
             except Exception:
                 # A fault of our own. Requests that are there each time it happens are failed, as
@@ -116,19 +157,42 @@ class EngineLeader:
                 log.exception("the step loop of %s failed", self.link.address)
                 self.state, self._faulted = LeaderState.CONNECTING, True
             self._care_for_stranded(time.monotonic() - lost_at)
-            await asyncio.sleep(self._settings.retry_seconds)
+            seconds = self._settings.retry_seconds
+            await asyncio.sleep(RELUCTANT_SECONDS if self.reluctant else seconds)
 
     def _care_for_stranded(self, seconds: float) -> None:
         """Finds another place for what ran on an engine that has been lost for some time."""
-        if not self._stranded or seconds < REHOME_SECONDS:
+        followed = self.state is LeaderState.FOLLOWED
+        if followed and not self._is_own_address:
+            # Another replica leads it, and has what ran there.
+            self._let_go()
             return
-        self._stranded = self._engines.rehome(self._stranded)
-        elsewhere = self.state is LeaderState.FOLLOWED
-        if elsewhere or seconds > GONE_SECONDS:
-            stranded, self._stranded = self._stranded, []
-            for generation in stranded:
-                generation.detach()
-                self._generations.detach(generation)
+        if seconds > REHOME_SECONDS or self._announced:
+            if self._stranded:
+                self._stranded = self._engines.rehome(self._stranded, died=not self._announced)
+            if followed or seconds > (REPLACED_SECONDS if self._announced else GONE_SECONDS):
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """Sends the clients of what is still here to wherever it goes on."""
+        self._dismiss()
+        stranded, self._stranded = self._stranded, []
+        for generation in stranded:
+            generation.detach()
+            self._generations.detach(generation)
+
+    def _stand_in(self) -> None:
+        """If the engine was draining, keeps what comes for it until it is back."""
+        if self._announced and self.facts is not None:
+            self.loop = self._new_loop(self.facts)
+            self.loop.engine_drains = True
+            self.loop.drain(True)
+
+    def _dismiss(self) -> None:
+        """Ends the loop that stands in, if one does; what it was given is stranded then."""
+        if self.loop is not None:
+            loop, self.loop = self.loop, None
+            self._stranded += [each for each in loop.close() if self._is_ours(each)]
 
     async def _lead(self) -> None:
         facts = await self.link.describe()
@@ -136,6 +200,30 @@ class EngineLeader:
             self.tokenizer = await self._fetch_tokenizer(facts)
         former, self.facts = self.facts, facts
         leadership = await self.link.lead(self._settings.own_address, facts.incarnation)
+        loop = self._new_loop(facts)
+        self._dismiss()
+        stranded, self._stranded = self._stranded, []
+        restarted = former is not None and former.incarnation != facts.incarnation
+        died = (restarted and not self._announced) or self._faulted
+        self._announced = self._faulted = False
+        try:
+            loop.take_over(leadership.snapshot, stranded, died)
+            held = loop.scheduler.pool.held_hashes
+            self._index.track(facts.fingerprint, loop.life, lambda _: held())
+            self.loop, self.epoch = loop, leadership.epoch
+            self.state, self.leader_address = LeaderState.LED, self._settings.own_address
+            log.info("leads %s, epoch %d", facts.engine_id, leadership.epoch)
+            # What was waiting for this engine elsewhere, or waits for it and could run elsewhere.
+            self._engines.spread()
+            await loop.drive(leadership)
+        finally:
+            leadership.close()
+            self._index.forget(loop.life)
+            self.loop, self._announced = None, loop.draining
+            left = dict.fromkeys([*loop.close(), *stranded])
+            self._stranded += [each for each in left if self._is_ours(each)]
+
+    def _new_loop(self, facts: EngineFacts) -> StepLoop:
         loop = StepLoop(
             facts,
             self.tokenizer,
@@ -145,23 +233,9 @@ class EngineLeader:
             self.prefix_stats,
             self._engines.cancel,
         )
-        stranded, self._stranded = self._stranded, []
-        restarted = former is not None and former.incarnation != facts.incarnation
-        restarted, self._faulted = restarted or self._faulted, False
-        try:
-            loop.take_over(leadership.snapshot, stranded, restarted)
-            held = loop.scheduler.pool.held_hashes
-            self._index.track(facts.fingerprint, loop.life, lambda _: held())
-            self.loop, self.epoch = loop, leadership.epoch
-            self.state, self.leader_address = LeaderState.LED, self._settings.own_address
-            log.info("leads %s, epoch %d", facts.engine_id, leadership.epoch)
-            await loop.drive(leadership)
-        finally:
-            leadership.close()
-            self._index.forget(loop.life)
-            self.loop = None
-            left = dict.fromkeys([*loop.close(), *stranded])
-            self._stranded += [each for each in left if self._is_ours(each)]
+        loop.on_draining = self._engines.spread
+        loop.drain(self._drain_wanted)
+        return loop
 
     def _is_ours(self, generation: Generation) -> bool:
         """Whether a generation still waits for this engine, and not for another by now."""

@@ -13,9 +13,10 @@ from prometheus_client import start_http_server
 from control_plane import admin, frontend
 from control_plane.engine_link import EngineLink
 from control_plane.generation import Generations
-from control_plane.leader import EngineLeader, LeaderState
+from control_plane.leader import EngineLeader
 from control_plane.metrics import Metrics
 from control_plane.prefix_index import PrefixIndex
+from control_plane.relay import LEADS, Relay
 from control_plane.router import Router
 from control_plane.settings import Settings
 from control_plane.step_loop import LeaderSettings
@@ -42,9 +43,11 @@ class Replica:
         self.router = Router(self.generations, self.index)
         self.router.leaders += [self._leader(address) for address in _addresses(settings.engines)]
         self.metrics = Metrics()
+        self.relay = Relay(self.router, settings.tls)
         self.frontend = frontend.Frontend(
-            self.router, self.generations, self.metrics, settings.max_waiting_seconds
+            self.router, self.generations, self.metrics, self.relay, settings.max_waiting_seconds
         )
+        self._leading: list[asyncio.Task[None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._servers = [wire.server(), wire.server()]
         self.ports: list[int] = []
@@ -87,40 +90,58 @@ class Replica:
             start_http_server(self.settings.metrics_port, host, self.metrics.registry)
         self.metrics.observe(self.router, self.index)
         await self.index.start()
-        self._tasks = [asyncio.create_task(leader.run()) for leader in self.router.leaders]
+        self._leading = [asyncio.create_task(leader.run()) for leader in self.router.leaders]
+        self._tasks = [asyncio.create_task(self.relay.run())]
         self._tasks.append(asyncio.create_task(self._report_health(healths)))
-        for task in self._tasks:
+        for task in [*self._leading, *self._tasks]:
             task.add_done_callback(_log_failure)
         log.info("inference API on port %d, admin API on port %d", *self.ports)
 
     async def _report_health(self, healths: list[health.aio.HealthServicer]) -> None:
-        """SERVING while at least one engine is led, so that traffic goes where it is answered."""
+        """SERVING while calls are answered, here or at a leader, so that traffic goes there."""
+        answers = health_pb2.HealthCheckResponse
         while True:
-            led = any(leader.state is LeaderState.LED for leader in self.router.leaders)
-            ready = led and not self.frontend.draining
-            answers = health_pb2.HealthCheckResponse
+            leads = any(leader.loop is not None for leader in self.router.leaders)
+            ready = (leads or self.relay.reaches_a_leader) and not self.frontend.draining
             status = answers.SERVING if ready else answers.NOT_SERVING
             await healths[0].set("", status)
             await healths[0].set(frontend.SERVICE, status)
-            await healths[1].set("", health_pb2.HealthCheckResponse.SERVING)
+            # Relayed calls are taken for as long as an engine is led.
+            await healths[0].set(LEADS, answers.SERVING if leads else answers.NOT_SERVING)
+            await healths[1].set("", answers.SERVING)
             await asyncio.sleep(0.1)
 
     async def stop(self) -> None:
-        """Refuses new calls, lets running ones end for the drain time, then lets go of engines."""
+        """Refuses new calls, lets running ones end for the drain time, then lets go of engines.
+
+        Calls that other replicas pass on are taken until then: these cannot lead meanwhile.
+        """
         self.frontend.draining = True
+        for leader in self.router.leaders:
+            leader.reluctant = True
         # The port stays open meanwhile, so that probes and callers hear that this replica drains.
         with suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_seconds):
-                while self.generations.all_running():  # noqa: ASYNC110
+                while self.generations.all_running() or self.relay.running:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
+        await self._let_go()
         await self._servers[0].stop(_LAST_MESSAGES_SECONDS if self.settings.drain_seconds else 0)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _end(self._tasks)
         await self._servers[1].stop(0)
         for leader in self.router.leaders:
             await leader.link.close()
         await self.index.close()
+
+    async def _let_go(self) -> None:
+        """Leaves the engines to whoever leads them next, with all that runs there.
+
+        Before streams are cut: one that has lost its client would end its sequences.
+        """
+        self.relay.stopping = True
+        await _end(self._leading)
+        for generation in self.generations.all_running():
+            generation.detach()
+            self.generations.detach(generation)
 
 
 async def serve(settings: Settings) -> None:
@@ -132,6 +153,12 @@ async def serve(settings: Settings) -> None:
     await replica.start()
     await stopping.wait()
     await replica.stop()
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _addresses(engines: str) -> list[str]:

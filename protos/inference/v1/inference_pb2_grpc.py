@@ -76,7 +76,7 @@ class InferenceServiceServicer:
 
         Errors:
         INVALID_ARGUMENT    `request_id` is empty
-        NOT_FOUND           no such generation is waiting or running here
+        NOT_FOUND           no such generation is waiting or running
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
