@@ -11,6 +11,7 @@ import enum
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from control_plane.engine_link import EngineFacts, EngineLink, LinkLost, Refused
@@ -55,6 +56,9 @@ class Engines(Protocol):
 
     def spread(self) -> None:
         """Moves what waits for draining engines to those that are not."""
+
+    def disperse(self, draining: StepLoop) -> None:
+        """Moves what waits for an engine that begins to drain, to other replicas if need be."""
 
     def cancel(self, generation: Generation) -> None:
         """Ends a generation wherever it runs."""
@@ -120,7 +124,7 @@ class EngineLeader:
         self._drain_wanted = True
         if self.loop is not None:
             self.loop.drain(True)
-            self._engines.spread()
+            self._engines.disperse(self.loop)
 
     def undrain(self) -> None:
         """Uses the engine again, unless it is going to end by itself."""
@@ -167,11 +171,11 @@ class EngineLeader:
             # Another replica leads it, and has what ran there.
             self._let_go()
             return
-        if seconds > REHOME_SECONDS or self._announced:
-            if self._stranded:
-                self._stranded = self._engines.rehome(self._stranded, died=not self._announced)
-            if followed or seconds > (REPLACED_SECONDS if self._announced else GONE_SECONDS):
-                self._let_go()
+        late, announced = seconds > REHOME_SECONDS, self._announced
+        if self._stranded and (late or announced):
+            self._stranded = self._engines.rehome(self._stranded, died=not announced)
+        if (late and followed) or seconds > (REPLACED_SECONDS if announced else GONE_SECONDS):
+            self._let_go()
 
     def _let_go(self) -> None:
         """Sends the clients of what is still here to wherever it goes on."""
@@ -233,7 +237,7 @@ class EngineLeader:
             self.prefix_stats,
             self._engines.cancel,
         )
-        loop.on_draining = self._engines.spread
+        loop.on_draining = partial(self._engines.disperse, loop)
         loop.drain(self._drain_wanted)
         return loop
 

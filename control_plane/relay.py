@@ -163,6 +163,7 @@ class Relay:
         """
         progress = Progress(message)
         patience = _Patience(progress)
+        failed: str | None = None
 
         async def write(event: pb.GenerateResponse) -> None:
             self._adrift.discard(progress.request_id)
@@ -172,7 +173,7 @@ class Relay:
         self.running += 1
         try:
             while True:
-                address = self._place(message.model, progress, patience)
+                address = self._place(message.model, progress, patience, failed)
                 try:
                     if address == HERE:
                         await local(progress.resume(), write)
@@ -185,20 +186,24 @@ class Relay:
                     if not self._may_go_on(message.model, address, error):
                         raise
                     self._adrift.add(progress.request_id)
+                    failed = address
                     await patience.wait(error)
         finally:
             self.running -= 1
             self._adrift.discard(progress.request_id)
 
-    def _place(self, model: str, progress: Progress, patience: _Patience) -> str:
-        """Where to try next."""
+    def _place(
+        self, model: str, progress: Progress, patience: _Patience, failed: str | None
+    ) -> str:
+        """Where to try next, after it has `failed` somewhere."""
         if progress.engine_id and patience.failing_seconds < SAME_ENGINE_SECONDS:
             # What was computed is there.
             place = self._router.place_of(progress.engine_id)
             if place is not None:
                 return place
         places = self._router.places(model)
-        return places[patience.attempts % len(places)]
+        following = places.index(failed) + 1 if failed in places else 0
+        return places[following % len(places)]
 
     def _may_go_on(self, model: str, address: str, error: wire.RpcError) -> bool:
         """Whether another attempt may be answered better."""
@@ -286,17 +291,13 @@ LocalCancel: TypeAlias = Callable[[str], None]
 
 
 class _Patience:
-    """When to try again, and when no more.
-
-    Attributes:
-        attempts: that failed since there was progress.
-    """
+    """When to try again, and when no more."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self._events = 0
         self._failing_since: float | None = None
-        self.attempts = 0
+        self._attempts = 0
 
     @property
     def failing_seconds(self) -> float:
@@ -312,11 +313,11 @@ class _Patience:
         if self._progress is not None and self._progress.events > self._events:
             self._events, self._failing_since = self._progress.events, None
         if self._failing_since is None:
-            self._failing_since, self.attempts = time.monotonic(), 0
+            self._failing_since, self._attempts = time.monotonic(), 0
         if self.failing_seconds > RETRY_SECONDS:
             raise error
-        wait = min(FIRST_WAIT * 2**self.attempts, LONGEST_WAIT)
-        self.attempts += 1
+        wait = min(FIRST_WAIT * 2**self._attempts, LONGEST_WAIT)
+        self._attempts += 1
         # Spread, so that the calls of a dead leader do not all come back at once.
         await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311
 

@@ -166,6 +166,19 @@ class Router:
                     draining.release(generation)
                     loop.take_stranded(generation, died=False)
 
+    def disperse(self, draining: StepLoop) -> None:
+        """Moves what waits for an engine that begins to drain, to other replicas if need be.
+
+        Only once: where theirs drain as well, they would send it back.
+        """
+        self.spread()
+        if all(place == HERE for place in self.places(draining.facts.model)):
+            return
+        for generation in draining.unbegun():
+            draining.release(generation)
+            generation.detach()
+            self._generations.detach(generation)
+
     def cancel(self, generation: Generation) -> None:
         """Ends a generation wherever it runs; its blocks are free with the next plan."""
         for leader in self.leaders:

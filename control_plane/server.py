@@ -114,7 +114,8 @@ class Replica:
     async def stop(self) -> None:
         """Refuses new calls, lets running ones end for the drain time, then lets go of engines.
 
-        Calls that other replicas pass on are taken until then: these cannot lead meanwhile.
+        Calls that other replicas pass on are taken until then: these cannot lead meanwhile. They
+        are not waited for, since they go on elsewhere.
         """
         self.frontend.draining = True
         for leader in self.router.leaders:
@@ -122,7 +123,7 @@ class Replica:
         # The port stays open meanwhile, so that probes and callers hear that this replica drains.
         with suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_seconds):
-                while self.generations.all_running() or self.relay.running:  # noqa: ASYNC110
+                while self.relay.running or self._would_begin_anew():  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
         await self._let_go()
         await self._servers[0].stop(_LAST_MESSAGES_SECONDS if self.settings.drain_seconds else 0)
@@ -131,6 +132,10 @@ class Replica:
         for leader in self.router.leaders:
             await leader.link.close()
         await self.index.close()
+
+    def _would_begin_anew(self) -> bool:
+        """Whether anything runs of which the next leader would compute every token again."""
+        return any(each.request.wants_logprobs for each in self.generations.all_running())
 
     async def _let_go(self) -> None:
         """Leaves the engines to whoever leads them next, with all that runs there.

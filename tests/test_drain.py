@@ -38,14 +38,14 @@ from tests.stack import (
 )
 from tests.stub_engine import StubEngine, expected
 from tests.test_leadership import first_plan, heir_of, ints
-from tests.test_relay import long_request, running_pair, until
+from tests.test_relay import long_request, own_port, running_pair, until
 
 SIZES = EngineSizes(16, 256, 0, 4, 256, 1024)
 
 
 async def run_until(task: asyncio.Task[Answer], is_so: Callable[[], bool]) -> asyncio.Task[Answer]:
     """Waits for something that a call brings about."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not is_so():
             assert not task.done(), await task
             await asyncio.sleep(0.002)
@@ -278,6 +278,47 @@ def test_what_waits_moves_once_another_engine_is_there(llama: Model) -> None:
     asyncio.run(main())
 
 
+def test_what_waits_moves_to_an_engine_that_another_replica_leads(llama: Model) -> None:
+    async def main() -> None:
+        ports = [free_port(), free_port()]
+        async with AsyncExitStack() as stack:
+
+            async def start(index: int) -> None:
+                address, engine = f"127.0.0.1:{ports[index]}", Engine(llama, SIZES, check=True)
+                await stack.enter_async_context(
+                    running_engine(engine, None, address, engine_id=f"e{index}")
+                )
+
+            await start(0)
+            first = await stack.enter_async_context(own_port(ports))
+            await until(lambda: first.router.leaders[0].loop is not None)
+            first.router.leaders[1].reluctant = True
+            await asyncio.sleep(0.2)
+            second = await stack.enter_async_context(own_port(ports))
+            await start(1)
+            await until(lambda: second.router.leaders[1].loop is not None)
+            await until(lambda: first.relay.reaches_a_leader and second.relay.reaches_a_leader)
+            clients = Stack(None, None, first)  # type: ignore[arg-type]
+            calls = [
+                asyncio.create_task(clients.generate(long_request(f"r{i}", 600))) for i in range(6)
+            ]
+            scheduler = first.router.leaders[0].scheduler
+            assert scheduler is not None
+            await until(lambda: scheduler.running_count == 4 and scheduler.waiting_count == 2)
+            first.router.leaders[0].drain()
+            assert scheduler.waiting_count == 0
+            answer = await clients.generate(request([40, 41], 4))
+            assert answer.accepted.engine_id == "e1"
+            answers = await asyncio.gather(*calls)
+            assert [len(answer.ids) for answer in answers] == [600] * 6
+            used = [answer.accepted.engine_id for answer in answers]
+            assert sorted(used) == ["e0"] * 4 + ["e1"] * 2
+            await clients.channel.close()
+            await clients.admin_channel.close()
+
+    asyncio.run(main())
+
+
 def test_a_queue_for_an_engine_that_is_away_has_its_limits(
     llama: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,7 +356,7 @@ def test_a_replica_that_drains_takes_what_others_pass_on(llama: Model) -> None:
     """Their clients are not its own; when it goes they go on at the next leader."""
 
     async def main() -> None:
-        async with running_pair(llama, drain_seconds=1.0) as pair:
+        async with running_pair(llama, drain_seconds=60) as pair:
             leader, follower = pair.leader, pair.follower
             expected = await leader.generate(long_request("calm", 800))
             prefill = leader.engine.counters.prefill_token_count
@@ -323,7 +364,8 @@ def test_a_replica_that_drains_takes_what_others_pass_on(llama: Model) -> None:
                 asyncio.create_task(follower.generate(long_request(f"r{i}", 800, priority=i)))
                 for i in range(3)
             ]
-            await until(lambda: leader.loop.scheduler.running_count == 3)
+            own = asyncio.create_task(leader.generate(long_request("own", 500)))
+            await until(lambda: leader.loop.scheduler.running_count == 4)
             scheduler = leader.loop.scheduler
             stopping = asyncio.create_task(leader.replica.stop())
             await asyncio.sleep(0.2)
@@ -331,13 +373,14 @@ def test_a_replica_that_drains_takes_what_others_pass_on(llama: Model) -> None:
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert "draining" in str(error.details())
             new = follower.generate(request(list(range(100, 140)), 4))
-            assert len((await new).ids) == 4 and scheduler.totals.prompt_tokens == 40 * 5
+            assert len((await new).ids) == 4 and scheduler.totals.prompt_tokens == 40 * 6
             await stopping
+            assert (await own).ids == expected.ids[:500]
             answers = await asyncio.gather(*running)
             assert [answer.ids for answer in answers] == [expected.ids] * 3
             # Their prompt was in the cache all but its last token.
             computed = leader.engine.counters.prefill_token_count - prefill
-            assert computed <= 3 * 16 + 40
+            assert computed <= 4 * 16 + 40
             assert follower.replica.router.leaders[0].epoch == 2
             await follower.idle()
 
@@ -375,7 +418,7 @@ def test_a_rolling_restart_of_the_engine_fails_no_request(
             # Nothing new begins from here on, so this is about all that it computes.
             await asyncio.sleep(0.1)
             computed += await prefilled(engine)
-            assert await asyncio.to_thread(engine.wait, 20) == 0
+            assert await asyncio.to_thread(engine.wait, 60) == 0
             assert await health_of(leader.port) == health_pb2.HealthCheckResponse.SERVING
             engine = data_plane(tmp_path / f"engine-{number}.log", *flags, port=port)
             engines.append(engine)
@@ -414,21 +457,24 @@ def test_what_outlasts_the_drain_goes_on_with_the_next_engine(
 
     async def run(engine: Process, control: Process) -> None:
         load = Load(control.port)
-        message = load.message(900, samples=12)
-        expected = await load.call_again(message, control.port)
-        call = asyncio.create_task(load.call(message))
+        # Enough of them to keep the engine busy for longer than it takes to end it twice.
+        calls = []
+        for _ in range(4):
+            calls.append(asyncio.create_task(load.call(load.message(900, samples=16))))
+            await asyncio.sleep(0)
+        answers = load.answers.values()
         for number in range(2):
-            await run_until(call, lambda: bool(load.answers))
-            answer, seen = load.answers["1"], len(load.answers["1"].ids)
-            await run_until(call, lambda: len(answer.ids) > seen + 50)  # noqa: B023
+            seen = sum(len(answer.ids) for answer in answers)
+            await run_until(calls[0], lambda: sum(len(a.ids) for a in answers) > seen + 99)  # noqa: B023
             engine.signal(signal.SIGTERM)
-            assert await asyncio.to_thread(engine.wait, 10) == 0
+            assert await asyncio.to_thread(engine.wait, 60) == 0
             engine = data_plane(tmp_path / f"engine-{number}.log", *flags, port=port)
             engines.append(engine)
             await asyncio.to_thread(engine.ready)
-        assert (await call).tokens == expected.tokens
-        reasons = {finished.reason for finished in (await call).finished.values()}
-        assert reasons == {pb.FINISH_REASON_LENGTH}
+        for answer in await asyncio.gather(*calls):
+            reasons = {finished.reason for finished in answer.finished.values()}
+            assert reasons == {pb.FINISH_REASON_LENGTH}
+        await load.check(control.port)
         await load.close()
 
     engines: list[Process] = []
