@@ -215,6 +215,20 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         await self._keeper.attend()
         return pb.WarmPrefixResponse(prefix=self._shown(definition))
 
+    # Engines that are to end.
+
+    async def DrainEngine(
+        self, message: pb.DrainEngineRequest, context: wire.Context
+    ) -> pb.DrainEngineResponse:
+        for leader in self._router.leaders:
+            if leader.loop is not None and message.engine_id == views.engine_id(leader):
+                if message.resume:
+                    leader.undrain()
+                else:
+                    leader.drain()
+                return pb.DrainEngineResponse(engine=views.engine(leader))
+        return await wire.abort(context, _no_engine(message.engine_id))
+
     async def _put(self, definition: Definition) -> pb.RegisteredPrefix:
         try:
             await self._store.put(definition)

@@ -37,6 +37,7 @@ def engine(leader: EngineLeader) -> pb.Engine:
         state=_STATES[leader.state],
         epoch=leader.epoch,
         leader_address=leader.leader_address,
+        draining=leader.draining,
     )
     if leader.facts is not None:
         shown.model = leader.facts.model

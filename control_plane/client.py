@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
@@ -25,6 +24,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from control_plane.progress import Progress
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
 from protos.inference.v1 import inference_pb2_grpc
@@ -240,7 +240,7 @@ class Client:
             prompt = make_request(prompt, **options)
         elif options:
             raise TypeError("options come with a prompt; a request has its own")
-        progress, patience = _Progress(prompt), _Patience(prompt, self.retry_seconds)
+        progress, patience = Progress(prompt), _Patience(prompt, self.retry_seconds)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
@@ -310,51 +310,6 @@ def generate_text(
             return await client.text(prompt, **options)
 
     return asyncio.run(call())
-
-
-class _Progress:
-    """What the caller has of one generation, whatever number of streams it came from."""
-
-    def __init__(self, request: pb.GenerateRequest) -> None:
-        self._request = pb.GenerateRequest()
-        self._request.CopyFrom(request)
-        self._request.request_id = request.request_id or uuid.uuid4().hex
-        output = request.output
-        samples = output.sample_count if output.HasField("sample_count") else 1
-        # A count that the service refuses is the service's to refuse.
-        self._received = list(request.received_token_counts) or [0] * max(samples, 0)
-        self._accepted = False
-        self._finished: set[int] = set()
-        # Every stream brings the prompt's log-probabilities from the first on.
-        self._prompt_logprobs = 0
-        self._prompt_logprobs_of_stream = 0
-
-    def resume(self) -> pb.GenerateRequest:
-        """The request for what is missing."""
-        self._prompt_logprobs_of_stream = 0
-        if any(self._received):
-            self._request.received_token_counts[:] = self._received
-        return self._request
-
-    def take(self, event: pb.GenerateResponse) -> bool:
-        """Counts an event, and cuts off what came before; returns whether anything is left."""
-        kind = event.WhichOneof("event")
-        if kind == "accepted":
-            new, self._accepted = not self._accepted, True
-            return new
-        if kind == "finished":
-            new = event.finished.sample not in self._finished
-            self._finished.add(event.finished.sample)
-            return new
-        if kind == "delta":
-            delta = event.delta
-            self._received[delta.sample] += len(delta.token_ids)
-            start = self._prompt_logprobs_of_stream
-            self._prompt_logprobs_of_stream += len(delta.prompt_logprobs)
-            del delta.prompt_logprobs[: max(self._prompt_logprobs - start, 0)]
-            self._prompt_logprobs += len(delta.prompt_logprobs)
-            return bool(delta.token_ids or delta.text or delta.prompt_logprobs)
-        return True
 
 
 class _Patience:

@@ -38,6 +38,10 @@ class Refused(Exception):
         self.leader_address = leader_address
 
 
+class Draining:
+    """What an engine says instead of a result when it is going to end, and waits until it may."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
     """What an engine says of itself; constant for one incarnation."""
@@ -119,7 +123,7 @@ class EngineLink:
         """
         call = self._stub.Lead()
         try:
-            claim = engine_pb2.Claim(leader_address=own_address)
+            claim = engine_pb2.Claim(leader_address=own_address, takes_draining=True)
             await call.write(engine_pb2.LeadRequest(claim=claim))
             answer = await _read(call)
             if answer.WhichOneof("message") == "refused":
@@ -154,13 +158,20 @@ class Leadership:
     async def heartbeat(self) -> None:
         await self._write(engine_pb2.LeadRequest(heartbeat=engine_pb2.Heartbeat()))
 
-    async def result(self) -> StepResult:
+    async def drained(self) -> None:
+        """Lets a draining engine know that nothing is resident any more, nor will be."""
+        await self._write(engine_pb2.LeadRequest(drained=engine_pb2.Drained()))
+
+    async def result(self) -> StepResult | Draining:
         """Waits for the next result."""
         try:
             answer = await _read(self._call)
         except grpc.aio.AioRpcError as error:
             raise _lost(error) from error
-        if answer.WhichOneof("message") != "result":
+        kind = answer.WhichOneof("message")
+        if kind == "draining":
+            return Draining()
+        if kind != "result":
             raise LinkLost("the engine sent something that is no result")
         return decode_result(answer.result)
 

@@ -32,6 +32,7 @@ from control_plane.overload import UNKNOWN
 from control_plane.plan import Logprob
 from control_plane.prompts import LONG_PROMPT, tokenise
 from control_plane.records import NOT_SHARED, SharedPrefix
+from control_plane.relay import Relay, Write, is_relayed
 from control_plane.request import FinishReason, Request, pool_room
 from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
 from control_plane.scheduler import NeverFits
@@ -76,6 +77,7 @@ class Frontend:
     """Thin: validates, tokenises, hands over, and streams what the generation has.
 
     Args:
+        relay: where clients' calls go that are answered elsewhere.
         max_waiting_seconds: how long a request may wait for an engine; 0: no limit.
         tenant_of: whose prefix cache a call uses, from its authenticated peer.
         shared_prefix: the registered prefix that a prompt begins with.
@@ -86,12 +88,13 @@ class Frontend:
         router: Router,
         generations: Generations,
         metrics: Metrics,
+        relay: Relay,
         max_waiting_seconds: float = 0.0,
         tenant_of: Callable[[wire.Context], str] = lambda _: "",
         shared_prefix: Callable[[list[int], EngineFacts], SharedPrefix] = lambda _, __: NOT_SHARED,
     ) -> None:
         self._router, self._generations = router, generations
-        self._metrics, self._tenant_of = metrics, tenant_of
+        self._metrics, self._relay, self._tenant_of = metrics, relay, tenant_of
         self._shared_prefix = shared_prefix
         self._max_waiting_seconds = max_waiting_seconds or math.inf
         self.draining = False
@@ -104,12 +107,16 @@ class Frontend:
             if isinstance(message, Unreadable):
                 raise message.error
             tenant = self._tenant_of(context)
-            generation = await self._generation(message, request_id, tenant, arrived)
-            received = list(message.received_token_counts) or [0] * len(generation.samples)
-            await self._stream(generation, received, context)
-        except Detached as detached:
-            gone = wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", str(detached))
-            await self._reject(gone, request_id, context)
+            # Settled before anything is tried: a second attempt is to find the first one's.
+            message.request_id = message.request_id or request_id
+            serve = partial(self._serve, tenant, arrived)
+            if is_relayed(context):
+                await serve(message, context.write)
+                return
+            if self.draining:
+                sentence = "this replica is draining"
+                raise wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", sentence)
+            await self._relay.generate(message, context, tenant, serve)
         except wire.RpcError as error:
             await self._reject(error, request_id, context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -126,12 +133,12 @@ class Frontend:
         try:
             if not message.request_id:
                 raise wire.bad_field("request_id", "is empty")
-            key = self._tenant_of(context), message.request_id
-            generation = self._generations.running(key)
-            if generation is None:
-                sentence = "no such generation is waiting or running here"
-                raise wire.failed(grpc.StatusCode.NOT_FOUND, "NO_GENERATION", sentence)
-            self._router.cancel(generation)
+            tenant = self._tenant_of(context)
+            if is_relayed(context):
+                self._cancel(tenant, message.request_id)
+            else:
+                cancel = partial(self._cancel, tenant)
+                await self._relay.cancel(message, context, tenant, cancel)
         except wire.RpcError as error:
             await wire.abort(context, error)
         return pb.CancelResponse()
@@ -144,13 +151,34 @@ class Frontend:
         log.info("request %s refused: %s %s", request_id, error.code.name, why, extra=fields)
         await wire.abort(context, error)
 
+    def _cancel(self, tenant: str, request_id: str) -> None:
+        generation = self._generations.running((tenant, request_id))
+        if generation is None:
+            sentence = "no such generation is waiting or running"
+            raise wire.failed(grpc.StatusCode.NOT_FOUND, "NO_GENERATION", sentence)
+        self._router.cancel(generation)
+
+    async def _serve(
+        self, tenant: str, arrived: float, message: pb.GenerateRequest, write: Write
+    ) -> None:
+        """Answers a request with an engine that this replica leads.
+
+        Raises:
+            RpcError: it is refused; UNAVAILABLE if it does not go on here.
+        """
+        try:
+            generation = await self._generation(message, tenant, arrived)
+            received = list(message.received_token_counts) or [0] * len(generation.samples)
+            await self._stream(generation, received, write)
+        except Detached as detached:
+            sentence = str(detached)
+            raise wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", sentence) from detached
+
     # Finding or starting the generation.
 
     async def _generation(
-        self, message: pb.GenerateRequest, request_id: str, tenant: str, arrived: float
+        self, message: pb.GenerateRequest, tenant: str, arrived: float
     ) -> Generation:
-        if self.draining:
-            raise wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", "this replica is draining")
         try:
             candidates = self._router.candidates(message.model)
             facts, tokenizer = candidates[0].facts, candidates[0].tokenizer
@@ -167,10 +195,7 @@ class Frontend:
                 facts.block_count,
             )
             max_tokens = validation.check_length(len(prompt), message.stopping, limits, fitting)
-            named = pb.GenerateRequest()
-            named.CopyFrom(message)
-            named.request_id = request_id
-            request = await self._request(named, prompt, max_tokens, facts, tenant, digest)
+            request = await self._request(message, prompt, max_tokens, facts, tenant, digest)
             loop, forecast = await self._router.choose(request, candidates)
         except UnknownModel as error:
             raise wire.failed(grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL", str(error)) from error
@@ -230,15 +255,13 @@ class Frontend:
 
     # Streaming.
 
-    async def _stream(
-        self, generation: Generation, received: list[int], context: wire.Context
-    ) -> None:
+    async def _stream(self, generation: Generation, received: list[int], write: Write) -> None:
         try:
             async with aclosing(generation.deltas(received)) as deltas:
                 async for delta in deltas:
                     for event in _events(delta, generation):
-                        await context.write(event)
-            await context.write(pb.GenerateResponse(usage=_usage(generation)))
+                        await write(event)
+            await write(pb.GenerateResponse(usage=_usage(generation)))
             _log_end(generation)
         except WaitedTooLong as late:
             raise self._expired(generation, late) from late
@@ -263,7 +286,7 @@ def add_to_server(frontend: Frontend, server: grpc.aio.Server) -> None:
         "Generate": grpc.unary_stream_rpc_method_handler(
             frontend.Generate,
             request_deserializer=parse_request,
-            response_serializer=pb.GenerateResponse.SerializeToString,
+            response_serializer=_serialised,
         ),
         "Cancel": grpc.unary_unary_rpc_method_handler(
             frontend.Cancel,
@@ -301,6 +324,11 @@ def _log_end(generation: Generation) -> None:
     }
     told = ", ".join(f"{name} {value}" for name, value in fields.items() if name != "request_id")
     log.log(level, "request %s ended: %s", request.request_id, told, extra=fields)
+
+
+def _serialised(event: pb.GenerateResponse | bytes) -> bytes:
+    """What another replica has serialised is handed on as it is."""
+    return event if isinstance(event, bytes) else event.SerializeToString()
 
 
 def _accepted(generation: Generation) -> pb.Accepted:

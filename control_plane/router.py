@@ -13,6 +13,10 @@ from control_plane.step_loop import StepLoop
 RUNNING_SEQUENCE_TOKENS = 16
 
 
+# In place of another replica's address: this one.
+HERE = ""
+
+
 class UnknownModel(Exception):
     """No engine serves the model that was asked for."""
 
@@ -26,7 +30,7 @@ class NoEngine(Exception):
 
 
 class Router:
-    """All engines of this replica."""
+    """All engines of this replica: those that it leads, and those that others lead."""
 
     def __init__(self, generations: Generations, index: PrefixIndex) -> None:
         self.leaders: list[EngineLeader] = []
@@ -36,13 +40,13 @@ class Router:
         self.predicted_tokens = 0
 
     def candidates(self, model: str) -> list[StepLoop]:
-        """Returns led engines of one kind that serve `model` (empty: the only one there is).
+        """Returns engines of one kind, led from here, that serve `model` (empty: the only one).
 
         During a change of model or settings one name may stand for engines of several kinds. A
         request is tokenised and hashed for one; it is that of the engine with the least to do.
 
         Raises:
-            NoEngine: none is led now.
+            NoEngine: none is led from here now.
             UnknownModel: those that are known serve other models.
             AmbiguousModel: `model` is empty and there are several.
         """
@@ -51,10 +55,11 @@ class Router:
             raise UnknownModel(f"no engine serves {model!r}; there is {', '.join(known)}")
         if not model and len(known) > 1:
             raise AmbiguousModel(f"is empty, and there is {', '.join(known)}")
-        loops = [leader.loop for leader in self.leaders if leader.loop is not None]
-        serving = [loop for loop in loops if model in ("", loop.facts.model)]
+        serving = [loop for loop in self._loops if model in ("", loop.facts.model)]
         if not serving:
             raise NoEngine("no engine is attached")
+        # Where all are draining a request waits for whichever is back first.
+        serving = [loop for loop in serving if not loop.draining] or serving
         idlest = min(serving, key=lambda loop: (_load(loop), loop.facts.engine_id))
         return [loop for loop in serving if loop.facts.kind == idlest.facts.kind]
 
@@ -70,6 +75,10 @@ class Router:
         """
         hints = await self._hints(request, candidates)
         alive = [loop for loop in candidates if loop.alive]
+        if not alive:
+            # Some of them may be led again, or awaited, by now.
+            kind = candidates[0].facts.kind
+            alive = [loop for loop in self._loops if loop.facts.kind == kind]
         if not alive:
             raise NoEngine("no engine is attached")
         self.lookups.routed(request, hints)
@@ -93,20 +102,94 @@ class Router:
 
     def loop_of(self, generation: Generation) -> StepLoop | None:
         """The engine on which a generation waits or runs; None while that is lost."""
-        loops = [leader.loop for leader in self.leaders if leader.loop is not None]
+        loops = self._loops
         return next((loop for loop in loops if loop.facts.engine_id == generation.engine_id), None)
 
-    def rehome(self, stranded: list[Generation]) -> list[Generation]:
-        """Moves generations of a dead engine to others of the same kind; returns the rest."""
+    # Engines that other replicas lead.
+
+    def places(self, model: str) -> list[str]:
+        """Where a request for `model` may be answered, best first: addresses, or HERE.
+
+        What cannot be answered anywhere is HERE, to be refused.
+        """
+        fitting = self._fitting(model)
+        elsewhere = list(dict.fromkeys(leader.elsewhere for leader in fitting if leader.elsewhere))
+        loops = [leader.loop for leader in fitting if leader.loop is not None]
+        if not elsewhere or any(not loop.draining for loop in loops):
+            return [HERE]
+        return [*elsewhere, HERE] if loops else elsewhere
+
+    def place_of(self, engine_id: str) -> str | None:
+        """Where an engine is led, as far as is known."""
+        for leader in self.leaders:
+            if leader.facts is not None and leader.facts.engine_id == engine_id:
+                return HERE if leader.loop is not None else leader.elsewhere or None
+        return None
+
+    def has_engine(self, model: str) -> bool:
+        """Whether an engine that serves `model` is led, here or elsewhere."""
+        fitting = self._fitting(model)
+        return any(leader.loop is not None or leader.elsewhere for leader in fitting)
+
+    def followed(self) -> set[str]:
+        """The replicas that lead engines, without this one."""
+        return {leader.elsewhere for leader in self.leaders if leader.elsewhere}
+
+    def _fitting(self, model: str) -> list[EngineLeader]:
+        """Those whose engines serve `model`; none if it is empty and there are several."""
+        known = [leader for leader in self.leaders if leader.facts is not None]
+        names = {leader.facts.model for leader in known if leader.facts is not None}
+        if not model and len(names) > 1:
+            return []
+        return [leader for leader in known if leader.facts and model in ("", leader.facts.model)]
+
+    # Moving.
+
+    @property
+    def _loops(self) -> list[StepLoop]:
+        return [leader.loop for leader in self.leaders if leader.loop is not None]
+
+    def _other_for(self, generation: Generation) -> StepLoop | None:
+        """The engine that can best go on with a generation whose own cannot."""
+        loops = [loop for loop in self._loops if not loop.draining and loop.can_take(generation)]
+        return min(loops, key=_load, default=None)
+
+    def rehome(self, stranded: list[Generation], *, died: bool) -> list[Generation]:
+        """Moves generations of a lost engine to others of the same kind; returns the rest.
+
+        Args:
+            died: the engine was lost without a word.
+        """
         left = []
         for generation in stranded:
-            loops = [leader.loop for leader in self.leaders if leader.loop is not None]
-            fitting = [loop for loop in loops if loop.can_take(generation)]
-            if fitting:
-                min(fitting, key=_load).take_stranded(generation, died=generation.accepted)
+            loop = self._other_for(generation)
+            if loop is not None:
+                loop.take_stranded(generation, died=died and generation.accepted)
             else:
                 left.append(generation)
         return left
+
+    def spread(self) -> None:
+        """Moves what waits for draining engines to others of the same kind."""
+        for draining in [loop for loop in self._loops if loop.draining]:
+            for generation in draining.unbegun():
+                loop = self._other_for(generation)
+                if loop is not None:
+                    draining.release(generation)
+                    loop.take_stranded(generation, died=False)
+
+    def disperse(self, draining: StepLoop) -> None:
+        """Moves what waits for an engine that begins to drain, to other replicas if need be.
+
+        Only once: where theirs drain as well, they would send it back.
+        """
+        self.spread()
+        if all(place == HERE for place in self.places(draining.facts.model)):
+            return
+        for generation in draining.unbegun():
+            draining.release(generation)
+            generation.detach()
+            self._generations.detach(generation)
 
     def cancel(self, generation: Generation) -> None:
         """Ends a generation wherever it runs; its blocks are free with the next plan."""

@@ -109,6 +109,9 @@ class Scheduler:
 
     Args:
         totals: those of the engine's former schedulers, to go on with.
+
+    Attributes:
+        draining: what has not been admitted yet waits; what has, goes on to its end.
     """
 
     def __init__(self, limits: SchedulerLimits, totals: Totals | None = None) -> None:
@@ -119,6 +122,7 @@ class Scheduler:
         self.queue = WaitQueue(limits.waiting_requests, limits.waiting_tokens)
         self.costs = CostModel()
         self.totals = totals or Totals()
+        self.draining = False
         self._branching = Branching(self.pool, self.slots)
         self._hashers: dict[str, PrefixHasher] = {}
         self._arrivals = 0
@@ -286,6 +290,12 @@ class Scheduler:
     @property
     def running_count(self) -> int:
         return self.limits.slot_count - self.slots.free_count
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything on the engine, or that is to come back to it."""
+        begun = self.queue.first_begun is not None
+        return begun or self.running_count > 0 or bool(self._in_flight or self._released)
 
     @property
     def groups(self) -> list[SequenceGroup]:
@@ -516,7 +526,7 @@ class Scheduler:
             return
         first_swapped = self.slots.order[self.slots.in_host_memory()[:1]]
         carried = 0
-        for group in self.queue.in_turn():
+        for group in self.queue.in_turn(self.draining):
             if len(first_swapped) and first_swapped[0] < group.order:
                 break
             while group.waiting and self._seat_waiting(plan, group, group.waiting[0]):
@@ -533,13 +543,17 @@ class Scheduler:
         Beams that are back wait for their siblings, and may hold the memory that these, or a group
         before theirs, want.
         """
-        waiting = [self.queue.head, *self.swap.groups[:1]]
+        waiting = [self._next_waiting, *self.swap.groups[:1]]
         first = min((group.order for group in waiting if group is not None), default=None)
         last = self.resident_groups[-1:]
         if first is None or not last or last[0].order <= first:
             return False
         self._preempt(plan, last)
         return True
+
+    @property
+    def _next_waiting(self) -> SequenceGroup | None:
+        return self.queue.first_begun if self.draining else self.queue.head
 
     def _room(self) -> tuple[int, int, int]:
         """What admission depends on: available blocks, free slots, and who else runs."""
@@ -709,7 +723,7 @@ class Scheduler:
         # Room to write on, so that coming back does not cause the next preemption.
         margin = self.running_count // self.limits.block_size
         slots = self.swap.returning(self.pool.available_count, margin)
-        if (head := self.queue.head) is not None:
+        if (head := self._next_waiting) is not None:
             slots = slots[self.slots.order[slots] < head.order]
         self._bring_back(plan, slots)
 

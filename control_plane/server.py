@@ -17,7 +17,7 @@ from control_plane.access import Access, anonymous_roles
 from control_plane.authorisation import Authorisation, tenant_of
 from control_plane.engine_link import EngineLink
 from control_plane.generation import Generations
-from control_plane.leader import EngineLeader, LeaderState
+from control_plane.leader import EngineLeader
 from control_plane.metrics.activity import Activity
 from control_plane.metrics.families import Metrics
 from control_plane.metrics.vllm import VllmMetrics
@@ -26,6 +26,7 @@ from control_plane.prefixes.file import read_prefixes
 from control_plane.prefixes.keeper import PrefixKeeper
 from control_plane.prefixes.registered import RegisteredPrefixes
 from control_plane.prefixes.store import RegisteredStore
+from control_plane.relay import LEADS, Relay
 from control_plane.router import Router
 from control_plane.settings import Settings
 from control_plane.step_loop import LeaderSettings
@@ -59,16 +60,19 @@ class Replica:
         self.store = RegisteredStore(self.index.redis, settings.index_namespace, self.registered)
         self.router.lookups.listeners.append(self.store.note)
         self.keeper = PrefixKeeper(self.registered, self.router.leaders, self.generations)
+        self.relay = Relay(self.router, settings.tls)
         self.frontend = frontend.Frontend(
             self.router,
             self.generations,
             self.metrics,
+            self.relay,
             settings.max_waiting_seconds,
             tenant_of,
             self.registered.match,
         )
         self.access = Access(settings.access, anonymous_roles(settings.anonymous_roles))
         guard = Authorisation(self.access, reflection=settings.reflection).guard()
+        self._leading: list[asyncio.Task[None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics_server: WSGIServer | None = None
         self._servers = [wire.server(guard), wire.server(guard)]
@@ -116,12 +120,12 @@ class Replica:
             )
         self._serve_metrics()
         await self.index.start()
+        self._leading = [asyncio.create_task(leader.run()) for leader in self.router.leaders]
         activity = Activity(self.metrics.counters, self.router)
-        runs = [leader.run() for leader in self.router.leaders]
-        runs += [self._report_health(healths), self.access.follow(), activity.report()]
-        runs += [self.store.run(), self.keeper.run()]
+        runs = [self.relay.run(), self._report_health(healths), self.access.follow()]
+        runs += [activity.report(), self.store.run(), self.keeper.run()]
         self._tasks = [asyncio.create_task(each) for each in runs]
-        for task in self._tasks:
+        for task in [*self._leading, *self._tasks]:
             task.add_done_callback(_log_failure)
         self._warn()
         log.info("inference API on port %d, admin API on port %d", *self.ports)
@@ -144,29 +148,36 @@ class Replica:
             log.warning("nobody is known by a certificate, since none is asked for")
 
     async def _report_health(self, healths: list[health.aio.HealthServicer]) -> None:
-        """SERVING while at least one engine is led, so that traffic goes where it is answered."""
+        """SERVING while calls are answered, here or at a leader, so that traffic goes there."""
+        answers = health_pb2.HealthCheckResponse
         while True:
-            led = any(leader.state is LeaderState.LED for leader in self.router.leaders)
-            ready = led and not self.frontend.draining
-            answers = health_pb2.HealthCheckResponse
+            leads = any(leader.loop is not None for leader in self.router.leaders)
+            ready = (leads or self.relay.reaches_a_leader) and not self.frontend.draining
             status = answers.SERVING if ready else answers.NOT_SERVING
             await healths[0].set("", status)
             await healths[0].set(frontend.SERVICE, status)
-            await healths[1].set("", health_pb2.HealthCheckResponse.SERVING)
+            # Relayed calls are taken for as long as an engine is led.
+            await healths[0].set(LEADS, answers.SERVING if leads else answers.NOT_SERVING)
+            await healths[1].set("", answers.SERVING)
             await asyncio.sleep(0.1)
 
     async def stop(self) -> None:
-        """Refuses new calls, lets running ones end for the drain time, then lets go of engines."""
+        """Refuses new calls, lets running ones end for the drain time, then lets go of engines.
+
+        Calls that other replicas pass on are taken until then: these cannot lead meanwhile. They
+        are not waited for, since they go on elsewhere.
+        """
         self.frontend.draining = True
+        for leader in self.router.leaders:
+            leader.reluctant = True
         # The port stays open meanwhile, so that probes and callers hear that this replica drains.
         with suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_seconds):
-                while self.generations.all_running():  # noqa: ASYNC110
+                while self.relay.running or self._would_begin_anew():  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
+        await self._let_go()
         await self._servers[0].stop(_LAST_MESSAGES_SECONDS if self.settings.drain_seconds else 0)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _end(self._tasks)
         await self._servers[1].stop(0)
         if self._probed is not None:
             await self._probed.stop(0)
@@ -176,6 +187,21 @@ class Replica:
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.shutdown)
             self._metrics_server.server_close()
+
+    def _would_begin_anew(self) -> bool:
+        """Whether anything runs of which the next leader would compute every token again."""
+        return any(each.request.wants_logprobs for each in self.generations.all_running())
+
+    async def _let_go(self) -> None:
+        """Leaves the engines to whoever leads them next, with all that runs there.
+
+        Before streams are cut: one that has lost its client would end its sequences.
+        """
+        self.relay.stopping = True
+        await _end(self._leading)
+        for generation in self.generations.all_running():
+            generation.detach()
+            self.generations.detach(generation)
 
 
 async def serve(settings: Settings) -> None:
@@ -187,6 +213,12 @@ async def serve(settings: Settings) -> None:
     await replica.start()
     await stopping.wait()
     await replica.stop()
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _addresses(engines: str) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from control_plane import records
 from control_plane.beams import BeamSearch
-from control_plane.engine_link import EngineFacts, Leadership, LinkLost
+from control_plane.engine_link import Draining, EngineFacts, Leadership, LinkLost
 from control_plane.generation import Generation, Generations
 from control_plane.metrics.pace import Pace
 from control_plane.overload import DrainRate
@@ -62,6 +62,8 @@ class StepLoop:
         step: of the last plan sent.
         alive: it takes work; false once the stream is gone.
         counters: the engine's, which outlive this leadership.
+        engine_drains: the engine has said that it is going to end.
+        on_draining: called when it says so.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class StepLoop:
     ) -> None:
         self.facts, self.tokenizer = facts, tokenizer
         self.step, self.alive = 0, True
+        self.engine_drains, self._said_drained = False, False
+        self.on_draining: Callable[[], None] = lambda: None
         self.life = EngineLife(facts.engine_id, facts.incarnation)
         self.counters = generations.counters.engine(facts.engine_id, facts.model)
         self.scheduler = Scheduler(
@@ -159,6 +163,21 @@ class StepLoop:
             self._disown(generation.group)
             self._wake.set()
 
+    @property
+    def draining(self) -> bool:
+        """Whether what it is given waits, for this engine to be back or for another one."""
+        return self.scheduler.draining
+
+    def drain(self, wanted: bool) -> None:
+        """Begins nothing new any more, or does so again; what has begun goes on to its end."""
+        self.scheduler.draining = wanted or self.engine_drains
+        self._wake.set()
+
+    def unbegun(self) -> list[Generation]:
+        """What no engine has begun with, in order."""
+        groups = [group for group in self.scheduler.queue if not group.admitted]
+        return [self._owners[group] for group in groups if group in self._owners]
+
     def close(self) -> list[Generation]:
         """Takes no more work; returns what was not finished."""
         self.alive = False
@@ -179,12 +198,12 @@ class StepLoop:
 
     # Taking over.
 
-    def take_over(self, snapshot: Snapshot, stranded: list[Generation], restarted: bool) -> None:
+    def take_over(self, snapshot: Snapshot, stranded: list[Generation], died: bool) -> None:
         """Goes on with what is resident, and queues what is known but not resident.
 
         Args:
             stranded: generations that this replica ran on the engine before.
-            restarted: the engine is in another incarnation than then.
+            died: the engine was lost with what it held, and without a word.
         """
         released: list[int] = []
         residents: dict[Generation, list[ResidentRow]] = {}
@@ -213,7 +232,7 @@ class StepLoop:
             self._close_if_finished(generation)
         for generation in stranded:
             if generation not in residents:
-                self.take_stranded(generation, died=restarted and generation.accepted)
+                self.take_stranded(generation, died=died and generation.accepted)
 
     def _generation_of(self, row: ResidentRow) -> Generation | None:
         """Finds or makes the generation of a resident sequence; None if it is not to go on here."""
@@ -276,6 +295,10 @@ class StepLoop:
         generation.engine_deaths += died
         if generation.engine_deaths >= MAX_ENGINE_DEATHS:
             self._fail(generation, "its engine died twice under it")
+        elif not self.can_take(generation) and not generation.accepted:
+            # It is made anew, for what the engine is now.
+            generation.detach()
+            self._generations.detach(generation)
         elif not self.can_take(generation):
             self._fail(generation, "its engine came back with another model or other sizes")
         else:
@@ -325,6 +348,9 @@ class StepLoop:
                 self._sent.clear()
                 if reader.done():
                     reader.result()
+                if self.engine_drains and not self._said_drained and not self.scheduler.has_begun:
+                    self._said_drained = True
+                    await leadership.drained()
                 if not self._wake.is_set():
                     await self._idle(leadership)
                 self._wake.clear()
@@ -333,7 +359,13 @@ class StepLoop:
 
     async def _read_results(self, leadership: Leadership, results: deque[StepResult]) -> None:
         while True:
-            results.append(await leadership.result())
+            result = await leadership.result()
+            if isinstance(result, Draining):
+                self.engine_drains = True
+                self.drain(True)
+                self.on_draining()
+                continue
+            results.append(result)
             self._wake.set()
 
     async def _idle(self, leadership: Leadership) -> None:

@@ -86,6 +86,11 @@ class WaitQueue:
     def head(self) -> SequenceGroup | None:
         return self._groups[0] if self._groups else None
 
+    @property
+    def first_begun(self) -> SequenceGroup | None:
+        """The first of those that have been admitted before."""
+        return next((group for group in self._groups if group.admitted), None)
+
     def check(self, request: Request) -> None:
         """Raises QueueFull if a new request has no place.
 
@@ -126,13 +131,18 @@ class WaitQueue:
         if not group.waiting:
             self.discard(group)
 
-    def in_turn(self) -> Iterator[SequenceGroup]:
+    def in_turn(self, begun_only: bool = False) -> Iterator[SequenceGroup]:
         """Yields the groups that may be admitted, one after the other.
 
         Whoever is still in the queue when the next one is asked for has been passed by it.
+
+        Args:
+            begun_only: only those that have been admitted before; the others do not count.
         """
         self._passed = []
         for group in self._groups.copy():
+            if begun_only and not group.admitted:
+                continue
             place = self._places[group]
             patience = min((other.patience for other in self._passed), default=place.tokens)
             if not patience or len(self._passed) == MOST_PASSED:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from typing import Any, NoReturn
@@ -235,9 +236,15 @@ async def serve(
         "serving %s on port %d: %d blocks of %d tokens, %d slots",
         engine.model.facts.name, port, sizes.block_count, sizes.block_size, sizes.slot_count,
     )  # fmt: skip
-    loss = await _watch(worker, ranks, stopping, settings.hung_step_seconds)
+    asked = partial(_asked_to_stop, stopping, ranks)
+    loss = await _watch(worker, ranks, asked, settings.hung_step_seconds)
     activity.cancel()
     await health.enter_graceful_shutdown()
+    if loss is None and settings.drain_seconds:
+        log.info("draining for %g s at most", settings.drain_seconds)
+        drain = asyncio.create_task(service.drain(settings.drain_seconds))
+        loss = await _watch(worker, ranks, drain.done, settings.hung_step_seconds)
+        drain.cancel()
     grace = settings.stop_grace_seconds
     if loss is not None:
         service.fail(loss.sentence)
@@ -254,14 +261,18 @@ async def serve(
     return 0
 
 
+def _asked_to_stop(stopping: asyncio.Event, ranks: Ranks) -> bool:
+    return stopping.is_set() or ranks.asked_to_stop.is_set()
+
+
 async def _watch(
-    worker: Worker, ranks: Ranks, stopping: asyncio.Event, hung_seconds: float
+    worker: Worker, ranks: Ranks, is_over: Callable[[], bool], hung_seconds: float
 ) -> Loss | None:
-    """Waits for the stop signal; says why if the engine cannot go on before that comes.
+    """Waits until `is_over`; says why if the engine cannot go on before that.
 
     It can go on as long as its worker ends one job after the other, or has none.
     """
-    while not (stopping.is_set() or ranks.asked_to_stop.is_set()):
+    while not is_over():
         if ranks.lost.done():
             return ranks.lost.result()
         if worker.failed is not None:
@@ -269,11 +280,7 @@ async def _watch(
             return await asyncio.to_thread(ranks.cause) or own
         if worker.stuck_seconds > hung_seconds:
             return Loss(f"one step takes more than {hung_seconds:g} s", EXIT_WORKER_FAILED)
-        try:
-            async with asyncio.timeout(_WATCH_SECONDS):
-                await stopping.wait()
-        except TimeoutError:
-            continue
+        await asyncio.sleep(_WATCH_SECONDS)
     # What starts the ranks of several nodes also stops all of them when one has died.
     return await asyncio.to_thread(ranks.cause) if ranks.in_trouble else None
 

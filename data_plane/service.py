@@ -36,6 +36,7 @@ _TOKENIZER_CHUNK_BYTES = 1 << 20
 _REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
 # For whoever watches the process to say why a job failed.
 _REASON_SECONDS = 1.0
+_DRAINED_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,19 @@ class _Leadership:
 
     `broken` is set on the worker's thread when a plan is refused: what was queued behind it builds
     on a plan that never was.
+
+    Attributes:
+        takes_draining: it is told when the engine drains, and says when it has `drained`.
+        writing: held while a message is written; a stream takes one at a time.
     """
 
     address: str
     epoch: int
+    takes_draining: bool = False
+    drained: bool = False
     next_step: int = 1
     broken: bool = False
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     results: asyncio.Queue[asyncio.Task[engine_pb2.StepResult]] = field(
         default_factory=asyncio.Queue
     )
@@ -109,6 +117,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         self._eviction: asyncio.Task[None] | None = None
         self._failing, self._failure = asyncio.Event(), ""
         self.refused = dict.fromkeys(("INVALID", "DRIFT", "STALE_EPOCH", "OUT_OF_ORDER"), 0)
+        self._draining, self._leaving = asyncio.Event(), asyncio.Event()
 
     @property
     def engine_id(self) -> str:
@@ -126,6 +135,27 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
     @property
     def led(self) -> bool:
         return self._leader is not None
+
+    async def drain(self, seconds: float) -> None:
+        """Lets what is resident end, for so long at most, while the leader admits nothing new.
+
+        Then the Lead stream is ended, for good.
+        """
+        self._draining.set()
+        try:
+            async with asyncio.timeout(seconds):
+                while not self._is_drained:  # noqa: ASYNC110
+                    await asyncio.sleep(_DRAINED_POLL_SECONDS)
+        except TimeoutError:
+            log.warning("%d sequences have not ended", self._engine.state.resident_slots().size)
+        self._leaving.set()
+
+    @property
+    def _is_drained(self) -> bool:
+        """Whether nothing is resident, nor on its way; a leader that knows Draining says so."""
+        if self._leader is not None and self._leader.takes_draining:
+            return self._leader.drained
+        return not self._engine.state.resident_slots().size
 
     def fail(self, sentence: str) -> None:
         """Ends the Lead stream, now and for good, with why the engine cannot go on."""
@@ -190,6 +220,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         try:
             if self._failure:
                 raise _engine_failed(self._failure)
+            if self._leaving.is_set():
+                raise _engine_stops()
             claim = await self._next(requests)
             if claim is None or claim.WhichOneof("message") != "claim":
                 raise _refusal(PlanError("INVALID", "the first message must be a claim"))
@@ -214,7 +246,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         context: wire.Context,
     ) -> None:
         self._epoch += 1
-        leader = self._leader = _Leadership(claim.leader_address, self._epoch)
+        leader = _Leadership(claim.leader_address, self._epoch, claim.takes_draining)
+        self._leader = leader
         if self._eviction is not None:
             self._eviction.cancel()
         fields = {"epoch": leader.epoch}
@@ -236,6 +269,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             tasks.append(asyncio.create_task(_write_results(leader, context)))
             tasks.append(asyncio.create_task(self._read_plans(leader, requests)))
             tasks.append(asyncio.create_task(self._failing.wait()))
+            tasks.append(asyncio.create_task(self._announce_end(leader, context)))
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
@@ -246,12 +280,25 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             for task in tasks:
                 task.cancel()
 
+    async def _announce_end(self, leader: _Leadership, context: wire.Context) -> None:
+        """Tells a leader that the engine drains, and ends its stream when the engine ends."""
+        await self._draining.wait()
+        if leader.takes_draining:
+            async with leader.writing:
+                draining = engine_pb2.Draining()
+                await context.write(engine_pb2.LeadResponse(draining=draining))
+        await self._leaving.wait()
+        raise _engine_stops()
+
     async def _read_plans(
         self, leader: _Leadership, requests: AsyncIterator[engine_pb2.LeadRequest]
     ) -> None:
         while (request := await self._next(requests)) is not None:
             kind = request.WhichOneof("message")
             if kind == "heartbeat":
+                continue
+            if kind == "drained":
+                leader.drained = True
                 continue
             if kind != "plan":
                 raise _refusal(PlanError("INVALID", "a second claim on one stream"))
@@ -360,11 +407,16 @@ async def _write_results(leader: _Leadership, context: wire.Context) -> None:
             result = await task
         except PlanError as error:
             raise _refusal(error) from error
-        await context.write(engine_pb2.LeadResponse(result=result))
+        async with leader.writing:
+            await context.write(engine_pb2.LeadResponse(result=result))
 
 
 def _engine_failed(sentence: str) -> wire.RpcError:
     return wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED", sentence)
+
+
+def _engine_stops() -> wire.RpcError:
+    return wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPING", "the engine is stopping")
 
 
 def _refusal(error: PlanError) -> wire.RpcError:

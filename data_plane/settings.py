@@ -87,7 +87,12 @@ class Settings(BaseSettings):
     hung_step_seconds: float = Field(
         60.0, gt=0, description="seconds on one step after which the process gives itself up"
     )
-    stop_grace_seconds: float = Field(2.0, ge=0, description="seconds for calls to end at SIGTERM")
+    drain_seconds: float = Field(
+        0.0, ge=0, description="seconds for sequences to end at SIGTERM, while nothing new begins"
+    )
+    stop_grace_seconds: float = Field(
+        2.0, ge=0, description="seconds for calls to end at SIGTERM, after drain-seconds"
+    )
     tls_certificate: Path | None = Field(None, description="PEM file; together with tls-key")
     tls_key: Path | None = Field(None, description="PEM file")
     tls_ca: Path | None = Field(None, description="PEM file; peers must be signed by it")

@@ -224,6 +224,22 @@ def reasons(details: Sequence[message.Message]) -> list[str]:
     return found
 
 
+@dataclass(eq=False)
+class PassedOn(RpcError):
+    """An error of another service, which a caller is to see as it is."""
+
+    whole: status_pb2.Status | None = None
+
+    def status(self) -> status_pb2.Status:
+        return self.whole or super().status()
+
+
+def passed_on(error: grpc.aio.AioRpcError) -> PassedOn:
+    """The error that another call ended with, with all of its details, known or not."""
+    whole = rpc_status.from_call(error)  # type: ignore[arg-type]
+    return PassedOn(error.code(), error.details() or error.code().name, whole=whole)
+
+
 async def abort(context: Context, error: RpcError) -> NoReturn:
     """Ends a call with an error and its details."""
     status = rpc_status.to_status(error.status())

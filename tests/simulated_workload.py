@@ -20,6 +20,8 @@ from tests.stub_engine import VOCABULARY
 # Seeds that this divides have beam searches beside their other requests. Those are drawn apart, so
 # that every other seed stands for what it stood for before there were any.
 SEARCHING = 4
+# In seeds that this divides the engine is drained now and then, and used again.
+DRAINED = 5
 _EARLY_STOPPING = {
     "heuristic": pb.EARLY_STOPPING_HEURISTIC,
     "first": pb.EARLY_STOPPING_FIRST,

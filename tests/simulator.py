@@ -32,6 +32,7 @@ import numpy as np
 
 from control_plane.engine_link import LinkLost
 from control_plane.generation import Generation
+from control_plane.leader import EngineLeader
 from control_plane.plan import Plan
 from control_plane.scheduler import Scheduler
 from protos.engine.v1 import engine_pb2
@@ -40,7 +41,7 @@ from tests.simulated_checks import Contents, PlanesNote, WaitingCheck
 from tests.simulated_clock import SimulatedLoop, simulated_time
 from tests.simulated_engine import SimulatedEngine
 from tests.simulated_replica import ORPHAN_GRACE_SECONDS, Client, Replica
-from tests.simulated_workload import Job, Scenario, scenario_of
+from tests.simulated_workload import DRAINED, Job, Scenario, scenario_of
 from tests.stub_engine import StubEngine
 
 KEPT_SEEDS = Path(__file__).with_name("failing_seeds.txt")
@@ -48,6 +49,7 @@ KEPT_SEEDS = Path(__file__).with_name("failing_seeds.txt")
 FRUITLESS_PLANS = 300
 LONGEST_SECONDS = 900.0
 LOST_FAULT_CHANCE = 0.2
+MOST_DRAINS = 6
 
 
 class SimulationFailed(AssertionError):
@@ -71,6 +73,8 @@ class World:
         self.scenario = scenario
         self.rng = random.Random(f"trouble {scenario.seed}")
         self._lost_faults = random.Random(f"lost faults {scenario.seed}")
+        self._drains = random.Random(f"drains {scenario.seed}")
+        self._drains_left = 0 if scenario.seed % DRAINED else MOST_DRAINS
         self.digest = hashlib.blake2b(digest_size=16)
         self.clients: list[Client] = []
         self.last_plans: deque[engine_pb2.StepPlan] = deque(maxlen=8)
@@ -90,6 +94,7 @@ class World:
         for job in self.scenario.jobs:
             loop.call_at(job.at, self._arrive, job)
         deadline = loop.call_at(LONGEST_SECONDS, self._out_of_time)
+        self._drain_later()
         pump = loop.create_task(self._pump())
         await self._ended.wait()
         try:
@@ -172,7 +177,10 @@ class World:
         if scheduler is not self._checked:
             self._waiting, self._checked = WaitingCheck(), scheduler
         try:
-            self._waiting.check(scheduler, plan)
+            if scheduler.draining:
+                self._waiting = WaitingCheck()
+            else:
+                self._waiting.check(scheduler, plan)
             if self._fruitless > FRUITLESS_PLANS:
                 raise AssertionError(f"{FRUITLESS_PLANS} plans in a row brought nobody a token")
         except AssertionError as error:
@@ -187,7 +195,8 @@ class World:
 
     def idle(self) -> None:
         scheduler = self._scheduler()
-        if scheduler.groups and not scheduler.steps_in_flight:
+        idle = not scheduler.steps_in_flight
+        if idle and (scheduler.has_begun if scheduler.draining else scheduler.groups):
             names = [group.request.request_id for group in scheduler.groups]
             self.failed(AssertionError(f"deadlock: nothing is planned for {names}"))
         self._watch()
@@ -263,6 +272,23 @@ class World:
         if loop is not None and loop.scheduler.groups:
             loop.scheduler.preempt(self.rng.choice(loop.scheduler.groups))
             loop._wake.set()
+
+    def _drain_later(self) -> None:
+        if self._drains_left:
+            self._drains_left -= 1
+            seconds = self._drains.expovariate(1 / (30 * self.scenario.pace.step))
+            asyncio.get_running_loop().call_later(seconds, self._drain)
+
+    def _drain(self) -> None:
+        """An operator drains the engine for a while; it may be lost meanwhile."""
+        leader = self.replica.leader
+        leader.drain()
+        seconds = self._drains.expovariate(1 / (60 * self.scenario.pace.step))
+        asyncio.get_running_loop().call_later(seconds, self._undrain, leader)
+
+    def _undrain(self, leader: EngineLeader) -> None:
+        leader.undrain()
+        self._drain_later()
 
     def _do_cancel(self) -> None:
         running = [client for client in self.clients if not client.done]

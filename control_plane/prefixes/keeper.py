@@ -105,7 +105,7 @@ class PrefixKeeper:
     def care(self) -> None:
         """Does what is missing on the engines that are led now."""
         for leader in self._leaders:
-            if leader.loop is None:
+            if leader.loop is None or leader.draining:
                 self._loops.pop(leader, None)
                 continue
             known = self._loops.get(leader)

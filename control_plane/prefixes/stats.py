@@ -65,7 +65,7 @@ class PrefixStats:
         fresh = PrefixHits(digest, name, tenant, shared, token_count)
         entry = self._entries.setdefault(digest, fresh)
         self._entries.move_to_end(digest)
-        entry.name = name or entry.name
+        entry.name, entry.shared = name or entry.name, entry.shared or shared
         entry.hits += 1
         entry.saved_tokens += saved
         entry.last_hit = now

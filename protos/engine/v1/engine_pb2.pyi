@@ -106,34 +106,48 @@ class SpecialTokens(_message.Message):
     def __init__(self, tokens: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class LeadRequest(_message.Message):
-    __slots__ = ("claim", "plan", "heartbeat")
+    __slots__ = ("claim", "plan", "heartbeat", "drained")
     CLAIM_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
     claim: Claim
     plan: StepPlan
     heartbeat: Heartbeat
-    def __init__(self, claim: _Optional[_Union[Claim, _Mapping]] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    drained: Drained
+    def __init__(self, claim: _Optional[_Union[Claim, _Mapping]] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ...) -> None: ...
 
 class LeadResponse(_message.Message):
-    __slots__ = ("granted", "refused", "snapshot_part", "result")
+    __slots__ = ("granted", "refused", "snapshot_part", "result", "draining")
     GRANTED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_PART_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     granted: Granted
     refused: Refused
     snapshot_part: SnapshotPart
     result: StepResult
-    def __init__(self, granted: _Optional[_Union[Granted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ...) -> None: ...
+    draining: Draining
+    def __init__(self, granted: _Optional[_Union[Granted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
 
 class Claim(_message.Message):
-    __slots__ = ("leader_address",)
+    __slots__ = ("leader_address", "takes_draining")
     LEADER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TAKES_DRAINING_FIELD_NUMBER: _ClassVar[int]
     leader_address: str
-    def __init__(self, leader_address: _Optional[str] = ...) -> None: ...
+    takes_draining: bool
+    def __init__(self, leader_address: _Optional[str] = ..., takes_draining: _Optional[bool] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Draining(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Drained(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

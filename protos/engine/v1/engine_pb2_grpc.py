@@ -83,7 +83,7 @@ class EngineServiceServicer:
         DRIFT: a touched slot is not as the plan expects;
         OUT_OF_ORDER: the step number is not the one after the last
         DEADLINE_EXCEEDED    neither plan nor heartbeat for the engine's leader timeout
-        UNAVAILABLE          the engine is stopping
+        UNAVAILABLE          the engine is stopping (ErrorInfo ENGINE_STOPPING after Draining)
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -78,7 +78,7 @@ class InferenceServiceServicer:
 
         Errors:
         INVALID_ARGUMENT    `request_id` is empty
-        NOT_FOUND           no such generation of the caller's tenant is waiting or running here
+        NOT_FOUND           no such generation of the caller's tenant is waiting or running
         UNAUTHENTICATED, PERMISSION_DENIED  as for Generate
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -1,0 +1,337 @@
+"""Passes calls on to the replica that leads the engine, and takes them up when that changes.
+
+A replica takes calls for engines that it does not lead. It sends them to whoever does, as the
+engine told when it refused to be led, and hands on what comes back. When such a stream breaks, the
+call goes on at the next leader, or here, with the same request id after the tokens that its client
+has; so does one whose engine was led from here and is not any more. Clients notice a pause.
+
+A call goes through one relay at most: whoever gets a relayed one answers it or refuses it.
+Knows grpc and pb2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from control_plane.progress import Progress
+from control_plane.router import HERE, Router
+from protos import wire
+from protos.inference.v1 import inference_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+# Under this name a replica's health says whether it takes relayed calls: it leads an engine.
+LEADS = "quire.leads"
+# How long a call is tried again without any progress.
+RETRY_SECONDS = 30.0
+FIRST_WAIT, LONGEST_WAIT = 0.02, 0.25
+# How long it waits for the engine that it was accepted by to be led again, before any other.
+SAME_ENGINE_SECONDS = 2.0
+# After which a replica that leads nothing any more has ended its streams, if it is alive.
+LEFT_SECONDS = 2.0
+HEALTH_SECONDS = 1.0
+_WATCH_SECONDS = 0.1
+
+_RELAY, _TENANT, _AUTHORIZATION = "quire-relay", "quire-tenant", "authorization"
+_SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+Write: TypeAlias = Callable[[pb.GenerateResponse], Awaitable[None]]
+# Answers a request from here; raises wire.RpcError.
+Local: TypeAlias = Callable[[pb.GenerateRequest, Write], Awaitable[None]]
+
+
+def is_relayed(context: wire.Context) -> bool:
+    """Whether another replica has passed the call on."""
+    return any(key == _RELAY for key, _ in context.invocation_metadata() or ())
+
+
+def relay_metadata(context: wire.Context, tenant: str) -> list[tuple[str, str | bytes]]:
+    """What a relayed call carries of the one that came: who calls, and for whom."""
+    metadata: list[tuple[str, str | bytes]] = [(_RELAY, "1"), (_TENANT, tenant)]
+    given = context.invocation_metadata() or ()
+    return metadata + [(key, value) for key, value in given if key == _AUTHORIZATION]
+
+
+class _Peer:
+    """Another replica's inference API.
+
+    Attributes:
+        answers: it leads an engine, and said so lately.
+        left: it leads no engine any more that is known here.
+    """
+
+    def __init__(self, address: str, tls: wire.Tls | None) -> None:
+        self.address = address
+        self.answers, self.left = False, False
+        self.led_at = time.monotonic()
+        self.calls: set[grpc.aio.Call] = set()
+        self._channel = channel = wire.channel(address, tls)
+        # What comes back stays bytes: it is handed on as it is.
+        self.generate: Any = channel.unary_stream(
+            f"/{_SERVICE}/Generate", request_serializer=pb.GenerateRequest.SerializeToString
+        )
+        self.cancel: Any = channel.unary_unary(
+            f"/{_SERVICE}/Cancel",
+            request_serializer=pb.CancelRequest.SerializeToString,
+            response_deserializer=pb.CancelResponse.FromString,
+        )
+        self._health: Any = health_pb2_grpc.HealthStub(channel)
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Keeps the connection, and finds out whether relayed calls would be answered."""
+        question = health_pb2.HealthCheckRequest(service=LEADS)
+        while True:
+            try:
+                answer = await self._health.Check(question, timeout=HEALTH_SECONDS)
+                self.answers = answer.status == health_pb2.HealthCheckResponse.SERVING
+            except grpc.aio.AioRpcError:
+                self.answers = False
+            await asyncio.sleep(HEALTH_SECONDS if self.answers else _WATCH_SECONDS)
+
+    async def close(self) -> None:
+        """Cuts what calls there are; each goes on elsewhere."""
+        self.left = True
+        self._watching.cancel()
+        for call in list(self.calls):
+            call.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
+        await self._channel.close(LEFT_SECONDS)
+
+
+class Relay:
+    """The calls of this replica's clients, wherever they are answered.
+
+    Attributes:
+        running: calls in progress.
+        stopping: no call is taken up any more.
+    """
+
+    def __init__(self, router: Router, tls: wire.Tls | None) -> None:
+        self._router, self._tls = router, tls
+        self._peers: dict[str, _Peer] = {}
+        # Requests whose stream has broken, and has not gone on yet.
+        self._adrift: set[str] = set()
+        self.running = 0
+        self.stopping = False
+
+    @property
+    def reaches_a_leader(self) -> bool:
+        """Whether a call that is passed on would be answered."""
+        followed = self._router.followed()
+        return any(peer.answers for peer in self._peers.values() if peer.address in followed)
+
+    async def run(self) -> None:
+        """Keeps up connections with the leaders of engines; until cancelled."""
+        try:
+            while True:
+                now = time.monotonic()
+                for address in self._router.followed():
+                    self._peer(address).led_at = now
+                for peer in list(self._peers.values()):
+                    if now - peer.led_at > LEFT_SECONDS:
+                        # If it is alive it has ended its streams; if not, nobody else will.
+                        del self._peers[peer.address]
+                        await peer.close()
+                await asyncio.sleep(_WATCH_SECONDS)
+        finally:
+            peers, self._peers = list(self._peers.values()), {}
+            await asyncio.gather(*(peer.close() for peer in peers))
+
+    def _peer(self, address: str) -> _Peer:
+        if address not in self._peers:
+            self._peers[address] = _Peer(address, self._tls)
+        return self._peers[address]
+
+    # Generate.
+
+    async def generate(
+        self, message: pb.GenerateRequest, context: wire.Context, tenant: str, local: Local
+    ) -> None:
+        """Answers a client's call, here or at the leader, until it is done.
+
+        Raises:
+            RpcError: it is refused, or nobody has answered it for some time.
+        """
+        progress = Progress(message)
+        patience = _Patience(progress)
+        failed: str | None = None
+
+        async def write(event: pb.GenerateResponse) -> None:
+            self._adrift.discard(progress.request_id)
+            if progress.take(event):
+                await context.write(event)
+
+        self.running += 1
+        try:
+            while True:
+                address = self._place(message.model, progress, patience, failed)
+                try:
+                    if address == HERE:
+                        await local(progress.resume(), write)
+                    else:
+                        await self._pass_on(address, progress, context, tenant)
+                    return
+                except wire.RpcError as error:
+                    if progress.complete:
+                        return
+                    if not self._may_go_on(message.model, address, error):
+                        raise
+                    self._adrift.add(progress.request_id)
+                    failed = address
+                    await patience.wait(error)
+        finally:
+            self.running -= 1
+            self._adrift.discard(progress.request_id)
+
+    def _place(
+        self, model: str, progress: Progress, patience: _Patience, failed: str | None
+    ) -> str:
+        """Where to try next, after it has `failed` somewhere."""
+        if progress.engine_id and patience.failing_seconds < SAME_ENGINE_SECONDS:
+            # What was computed is there.
+            place = self._router.place_of(progress.engine_id)
+            if place is not None:
+                return place
+        places = self._router.places(model)
+        following = places.index(failed) + 1 if failed in places else 0
+        return places[following % len(places)]
+
+    def _may_go_on(self, model: str, address: str, error: wire.RpcError) -> bool:
+        """Whether another attempt may be answered better."""
+        if error.code is not grpc.StatusCode.UNAVAILABLE or self.stopping:
+            return False
+        return address != HERE or self._router.has_engine(model)
+
+    async def _pass_on(
+        self, address: str, progress: Progress, context: wire.Context, tenant: str
+    ) -> None:
+        """Streams a leader's answer.
+
+        Raises:
+            RpcError: what it ended with; UNAVAILABLE if the leader is gone.
+        """
+        peer = self._peer(address)
+        call = peer.generate(
+            progress.resume(),
+            timeout=context.time_remaining(),
+            metadata=relay_metadata(context, tenant),
+        )
+        peer.calls.add(call)
+        try:
+            async for data in call:
+                self._adrift.discard(progress.request_id)
+                event = pb.GenerateResponse.FromString(data)
+                if progress.take(event):
+                    changed = event.delta.prompt_logprobs
+                    await context.write(event if changed else data)
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(peer, error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not peer.left or (task is not None and task.cancelling()):
+                raise
+            raise _gone(peer, "it leads no engine any more") from None
+        finally:
+            peer.calls.discard(call)
+            call.cancel()
+
+    # Cancel.
+
+    async def cancel(
+        self, message: pb.CancelRequest, context: wire.Context, tenant: str, local: LocalCancel
+    ) -> None:
+        """Ends a generation wherever it runs.
+
+        Raises:
+            RpcError: NOT_FOUND, it runs nowhere.
+        """
+        patience = _Patience(None)
+        while True:
+            errors = []
+            for address in [HERE, *self._router.followed()]:
+                try:
+                    if address == HERE:
+                        local(message.request_id)
+                    else:
+                        await self._cancel_at(address, message, context, tenant)
+                    return
+                except wire.RpcError as error:
+                    errors.append(error)
+            lost = [each for each in errors if each.code is not grpc.StatusCode.NOT_FOUND]
+            if self.stopping or not (lost or message.request_id in self._adrift):
+                raise errors[0]
+            # It may be on its way from one leader to the next.
+            await patience.wait((lost or errors)[0])
+
+    async def _cancel_at(
+        self, address: str, message: pb.CancelRequest, context: wire.Context, tenant: str
+    ) -> None:
+        peer = self._peer(address)
+        try:
+            await peer.cancel(
+                message,
+                timeout=context.time_remaining(),
+                metadata=relay_metadata(context, tenant),
+            )
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(peer, error) from error
+
+
+# Ends a generation that runs here; raises wire.RpcError.
+LocalCancel: TypeAlias = Callable[[str], None]
+
+
+class _Patience:
+    """When to try again, and when no more."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._events = 0
+        self._failing_since: float | None = None
+        self._attempts = 0
+
+    @property
+    def failing_seconds(self) -> float:
+        since = self._failing_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    async def wait(self, error: wire.RpcError) -> None:
+        """Waits until the next attempt.
+
+        Raises:
+            RpcError: the same error, if it has lasted too long.
+        """
+        if self._progress is not None and self._progress.events > self._events:
+            self._events, self._failing_since = self._progress.events, None
+        if self._failing_since is None:
+            self._failing_since, self._attempts = time.monotonic(), 0
+        if self.failing_seconds > RETRY_SECONDS:
+            raise error
+        wait = min(FIRST_WAIT * 2**self._attempts, LONGEST_WAIT)
+        self._attempts += 1
+        # Spread, so that the calls of a dead leader do not all come back at once.
+        await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311
+
+
+def _error_of(peer: _Peer, error: grpc.aio.AioRpcError) -> wire.RpcError:
+    code = error.code()
+    # A server that stops cancels its calls; one that is gone has said nothing.
+    if code is grpc.StatusCode.CANCELLED or (
+        code is grpc.StatusCode.UNAVAILABLE and not wire.error_details(error)
+    ):
+        return _gone(peer, str(error.details()))
+    return wire.passed_on(error)
+
+
+def _gone(peer: _Peer, how: str) -> wire.RpcError:
+    sentence = f"the replica at {peer.address} that leads the engine does not answer: {how}"
+    return wire.failed(grpc.StatusCode.UNAVAILABLE, "LEADER_GONE", sentence)
