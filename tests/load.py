@@ -62,13 +62,24 @@ class Load:
             answer = await self.call(self.message(max_tokens))
             assert len(answer.ids) == max_tokens
 
-    async def check(self, port: int) -> None:
-        """Compares every answer with the one that an undisturbed call gets."""
+    async def check(self, port: int, most_unlike: int = 0) -> None:
+        """Compares every answer with the one that an undisturbed call gets.
+
+        Args:
+            most_unlike: samples that may differ, where so many tokens were computed again that
+                rounding may have changed a draw. A token that is lost or repeated changes all.
+        """
         calls = [self.call_again(message, port) for message in self.messages.values()]
+        unlike = []
         for number, again in zip(self.messages, await asyncio.gather(*calls), strict=True):
             given = self.answers[number]
-            assert again.tokens == given.tokens and again.texts == given.texts
             assert again.finished.keys() == given.finished.keys()
+            for sample, tokens in again.tokens.items():
+                if (tokens, again.texts[sample]) != (given.tokens[sample], given.texts[sample]):
+                    pairs = zip(tokens, given.tokens[sample], strict=False)
+                    equal = [one == other for one, other in pairs]
+                    unlike.append((number, sample, (*equal, False).index(False), len(tokens)))
+        assert len(unlike) <= most_unlike, unlike
 
     async def call_again(self, message: pb.GenerateRequest, port: int) -> Answer:
         async with wire.channel(f"127.0.0.1:{port}") as channel:

@@ -474,7 +474,8 @@ def test_what_outlasts_the_drain_goes_on_with_the_next_engine(
         for answer in await asyncio.gather(*calls):
             reasons = {finished.reason for finished in answer.finished.values()}
             assert reasons == {pb.FINISH_REASON_LENGTH}
-        await load.check(control.port)
+            assert [len(tokens) for tokens in answer.tokens.values()] == [900] * 16
+        await load.check(control.port, most_unlike=2)
         await load.close()
 
     engines: list[Process] = []
