@@ -34,11 +34,16 @@ class AdminClient:
     ...     engines = await admin.engines()
 
     All methods raise CallError.
+
+    Args:
+        token, tls: as of the client library's `Client`.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, tls: wire.Tls | None = None) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, token: str = "", tls: wire.Tls | None = None
+    ) -> None:
         self.address = address
-        self._tls = tls
+        self._metadata, self._tls = wire.bearer(token), tls
 
     async def __aenter__(self) -> AdminClient:
         self._channel = wire.channel(self.address, self._tls)
@@ -147,7 +152,7 @@ class AdminClient:
     ) -> Any:
         call: Callable[..., Awaitable[Any]] = getattr(self._stub, method)
         try:
-            return await call(request, timeout=timeout_seconds)
+            return await call(request, timeout=timeout_seconds, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 sentence = f"the service at {self.address} has no {method} in its admin API"

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias, TypedDict, Unpack, cast
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
@@ -32,6 +33,7 @@ DEFAULT_ADDRESS = "127.0.0.1:7401"
 # Seconds before the first new attempt; each further wait is twice as long, up to the longest.
 FIRST_WAIT = 0.05
 LONGEST_WAIT = 1.0
+_WHY_SECONDS = 1.0
 
 # Plain text, token ids, or a chat: [{"role": "user", "content": "..."}].
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"
@@ -92,7 +94,7 @@ class CallError(Exception):
         sentence = error.details() or error.code().name
         if error.code() is grpc.StatusCode.UNAVAILABLE and not details:
             # The service itself says why it is unavailable; without a reason nobody was reached.
-            sentence = f"nothing answers at {address}"
+            sentence = _unreached(address, sentence)
         return cls(error.code(), sentence, details)
 
     @property
@@ -118,6 +120,16 @@ class CallError(Exception):
             if isinstance(detail, error_details_pb2.RetryInfo):
                 return float(detail.retry_delay.ToTimedelta().total_seconds())
         return None
+
+
+def _unreached(address: str, details: str) -> str:
+    """Why nobody was reached, from gRPC's own words."""
+    _, handshake, reason = details.partition("handshake failed ")
+    if handshake:
+        return f"no TLS with {address}: {reason}"
+    if details.endswith("Socket closed"):
+        return f"{address} hangs up; it may ask for TLS, or for a certificate"
+    return f"nothing answers at {address}"
 
 
 def make_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateRequest:
@@ -152,7 +164,11 @@ class Client:
         address: host:port, or what else gRPC resolves, for example dns:///quire:7401.
         retry_seconds: how long to try again without any progress when the service is away, starts,
             or is full; 0: not at all.
+        token: shown with every call, if it is not empty; without `tls` it travels in plain text.
         tls: None: plain text.
+
+    Raises:
+        ValueError: the token is no printable ASCII without spaces.
     """
 
     def __init__(
@@ -160,10 +176,11 @@ class Client:
         address: str = DEFAULT_ADDRESS,
         *,
         retry_seconds: float = 30.0,
+        token: str = "",
         tls: wire.Tls | None = None,
     ) -> None:
         self.address, self.retry_seconds = address, retry_seconds
-        self._tls = tls
+        self._metadata, self._tls = wire.bearer(token), tls
 
     async def __aenter__(self) -> Client:
         # Not before there is an event loop: a channel belongs to one.
@@ -189,8 +206,16 @@ class Client:
             async with asyncio.timeout(seconds):
                 await self._channel.channel_ready()
         except TimeoutError:
-            sentence = f"nothing answers at {self.address}"
-            raise CallError(grpc.StatusCode.UNAVAILABLE, sentence) from None
+            raise CallError(grpc.StatusCode.UNAVAILABLE, await self._why_unreached()) from None
+
+    async def _why_unreached(self) -> str:
+        """What a call that does not wait for a connection ends with."""
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=_WHY_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            return _unreached(self.address, str(error.details()))
+        return _unreached(self.address, "")
 
     async def generate(
         self,
@@ -219,7 +244,7 @@ class Client:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
-            call = self._stub.Generate(progress.resume(), timeout=left)
+            call = self._stub.Generate(progress.resume(), timeout=left, metadata=self._metadata)
             try:
                 async for event in call:
                     if progress.take(event):
@@ -264,18 +289,24 @@ class Client:
             CallError: NOT_FOUND, no such generation runs there.
         """
         try:
-            await self._stub.Cancel(pb.CancelRequest(request_id=request_id))
+            request = pb.CancelRequest(request_id=request_id)
+            await self._stub.Cancel(request, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise CallError.of(error, self.address) from None
 
 
 def generate_text(
-    prompt: Prompt, address: str = DEFAULT_ADDRESS, **options: Unpack[Options]
+    prompt: Prompt,
+    address: str = DEFAULT_ADDRESS,
+    *,
+    token: str = "",
+    tls: wire.Tls | None = None,
+    **options: Unpack[Options],
 ) -> str:
     """Generates one text from code that is not asynchronous. Raises CallError."""
 
     async def call() -> str:
-        async with Client(address) as client:
+        async with Client(address, token=token, tls=tls) as client:
             return await client.text(prompt, **options)
 
     return asyncio.run(call())

@@ -19,7 +19,15 @@ LeadCall: TypeAlias = "grpc.aio.StreamStreamCall[engine_pb2.LeadRequest, engine_
 
 
 class LinkLost(Exception):
-    """The engine cannot be reached, or ended the Lead stream; says why."""
+    """The engine cannot be reached, or ended the Lead stream; says why.
+
+    Attributes:
+        denied: it was reached, and has no business with this replica.
+    """
+
+    def __init__(self, sentence: str, *, denied: bool = False) -> None:
+        super().__init__(sentence)
+        self.denied = denied
 
 
 class Refused(Exception):
@@ -193,4 +201,5 @@ def _lost(error: Exception) -> LinkLost:
     ]
     if "ENGINE_FAILED" in reasons:
         return LinkLost(str(error.details()))  # The engine's own account of what it died of.
-    return LinkLost(f"{error.code().name}: {error.details()}")
+    denied = error.code() is grpc.StatusCode.PERMISSION_DENIED
+    return LinkLost(f"{error.code().name}: {error.details()}", denied=denied)

@@ -121,7 +121,8 @@ class Frontend:
         try:
             if not message.request_id:
                 raise wire.bad_field("request_id", "is empty")
-            generation = self._generations.running(message.request_id)
+            key = self._tenant_of(context), message.request_id
+            generation = self._generations.running(key)
             if generation is None:
                 sentence = "no such generation is waiting or running here"
                 raise wire.failed(grpc.StatusCode.NOT_FOUND, "NO_GENERATION", sentence)
@@ -141,7 +142,7 @@ class Frontend:
             limits = validation.ModelLimits(facts.vocabulary_size, facts.max_length)
             validation.check_request(message, limits)
             digest = records.request_digest(message)
-            if (existing := self._existing(message.request_id, digest)) is not None:
+            if (existing := self._existing(tenant, message.request_id, digest)) is not None:
                 return existing
             prompt = await tokenise(message, tokenizer)
             fitting = pool_room(
@@ -160,7 +161,7 @@ class Frontend:
         except NoEngine as error:
             raise wire.failed(grpc.StatusCode.UNAVAILABLE, "NO_ENGINE", str(error)) from error
         # Another call with the same id may have come while this one waited.
-        if (existing := self._existing(request.request_id, digest)) is not None:
+        if (existing := self._existing(tenant, request.request_id, digest)) is not None:
             return existing
         stop_strings = tuple(message.stopping.stop_strings)
         generation = Generation(request, digest, tokenizer, stop_strings, facts.kind)
@@ -176,11 +177,12 @@ class Frontend:
         own: float = message.max_waiting_time.ToTimedelta().total_seconds()
         return min(own, self._max_waiting_seconds)
 
-    def _existing(self, request_id: str, digest: bytes) -> Generation | None:
-        generation = self._generations.get(request_id) if request_id else None
+    def _existing(self, tenant: str, request_id: str, digest: bytes) -> Generation | None:
+        key = tenant, request_id
+        generation = self._generations.get(key) if request_id else None
         if generation is None or generation.digest == digest:
             return generation
-        if self._generations.running(request_id) is None:
+        if self._generations.running(key) is None:
             return None  # The id is free again: its generation has ended.
         sentence = f"request id {request_id} is running with a different request"
         raise wire.failed(grpc.StatusCode.ALREADY_EXISTS, "DIFFERENT_REQUEST", sentence)

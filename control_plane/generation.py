@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from control_plane.beams import Hypothesis
 from control_plane.plan import Logprob
@@ -20,6 +21,9 @@ from control_plane.tokenizer import PromptTokenizer
 # Bounds of one message: a resumed client may have a long answer to catch up on.
 MAX_DELTA_TOKENS = 4096
 MAX_DELTA_LOGPROBS = 256
+
+# A tenant, and one of its request ids.
+Key: TypeAlias = tuple[str, str]
 
 
 class Detached(Exception):
@@ -338,7 +342,7 @@ class _BestReader:
 
 
 class Generations:
-    """All generations of this replica, by request id.
+    """All generations of this replica, by tenant and request id: `Request.key`.
 
     A finished one is kept for a while, so that a client whose stream broke at the very end still
     gets the rest: at most `keep` of them, with `keep_tokens` tokens in all, where a token with
@@ -346,55 +350,55 @@ class Generations:
     """
 
     def __init__(self, keep: int = 512, keep_tokens: int = 1 << 20) -> None:
-        self._running: dict[str, Generation] = {}
-        self._finished: dict[str, Generation] = {}
-        self._cancelled: dict[str, None] = {}
+        self._running: dict[Key, Generation] = {}
+        self._finished: dict[Key, Generation] = {}
+        self._cancelled: dict[Key, None] = {}
         self._keep, self._keep_tokens = keep, keep_tokens
         self._kept_tokens = 0
 
-    def get(self, request_id: str) -> Generation | None:
-        return self._running.get(request_id) or self._finished.get(request_id)
+    def get(self, key: Key) -> Generation | None:
+        return self._running.get(key) or self._finished.get(key)
 
-    def running(self, request_id: str) -> Generation | None:
-        return self._running.get(request_id)
+    def running(self, key: Key) -> Generation | None:
+        return self._running.get(key)
 
-    def was_cancelled(self, request_id: str) -> bool:
-        """Whether the last generation with this id was cancelled, as far back as is remembered."""
-        return request_id in self._cancelled
+    def was_cancelled(self, key: Key) -> bool:
+        """Whether the last generation with this key was cancelled, as far back as is remembered."""
+        return key in self._cancelled
 
     def add(self, generation: Generation) -> None:
-        request_id = generation.request.request_id
-        self._cancelled.pop(request_id, None)
-        self._forget(request_id)
-        self._running[request_id] = generation
+        key = generation.request.key
+        self._cancelled.pop(key, None)
+        self._forget(key)
+        self._running[key] = generation
 
     def finish(self, generation: Generation) -> None:
         """Moves a generation out of the running ones, to be found for a while longer."""
-        request_id = generation.request.request_id
-        if self._running.get(request_id) is generation:
-            del self._running[request_id]
-            self._finished[request_id] = generation
+        key = generation.request.key
+        if self._running.get(key) is generation:
+            del self._running[key]
+            self._finished[key] = generation
             self._kept_tokens += generation.weight
             while len(self._finished) > self._keep or self._kept_tokens > self._keep_tokens:
                 self._forget(next(iter(self._finished)))
 
     def cancel(self, generation: Generation) -> None:
         """Forgets a generation that nobody waits for, but remembers that it is not wanted."""
-        request_id = generation.request.request_id
-        if self._running.get(request_id) is generation:
-            del self._running[request_id]
-            self._cancelled[request_id] = None
+        key = generation.request.key
+        if self._running.get(key) is generation:
+            del self._running[key]
+            self._cancelled[key] = None
             while len(self._cancelled) > 8 * self._keep:
                 del self._cancelled[next(iter(self._cancelled))]
 
     def detach(self, generation: Generation) -> None:
         """Forgets a generation that goes on elsewhere."""
-        request_id = generation.request.request_id
-        if self._running.get(request_id) is generation:
-            del self._running[request_id]
+        key = generation.request.key
+        if self._running.get(key) is generation:
+            del self._running[key]
 
-    def _forget(self, request_id: str) -> None:
-        generation = self._finished.pop(request_id, None)
+    def _forget(self, key: Key) -> None:
+        generation = self._finished.pop(key, None)
         if generation is not None:
             self._kept_tokens -= generation.weight
 

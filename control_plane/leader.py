@@ -101,7 +101,7 @@ class EngineLeader:
 
     async def run(self) -> None:
         """Leads the engine whenever it lets this replica; until cancelled."""
-        lost_at = time.monotonic()
+        lost_at, denied = time.monotonic(), False
         while True:
             try:
                 await self._lead()
@@ -112,6 +112,11 @@ class EngineLeader:
                     log.warning("engine %s lost: %s", self.link.address, lost)
                     lost_at = time.monotonic()
                     self.last_failure = Failure(str(lost), lost_at)
+                elif lost.denied and not denied:
+                    log.error(
+                        "engine %s does not let this replica lead: %s", self.link.address, lost
+                    )
+                denied = lost.denied
                 self.state = LeaderState.CONNECTING
             except Exception:
                 # A fault of our own. Requests that are there each time it happens are failed, as
@@ -168,7 +173,7 @@ class EngineLeader:
 
     def _is_ours(self, generation: Generation) -> bool:
         """Whether a generation still waits for this engine, and not for another by now."""
-        running = self._generations.running(generation.request.request_id) is generation
+        running = self._generations.running(generation.request.key) is generation
         here = self.facts is not None and generation.engine_id == self.facts.engine_id
         return running and here and not generation.finished
 

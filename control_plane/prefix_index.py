@@ -19,7 +19,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from pydantic import SecretStr
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
@@ -105,7 +108,10 @@ class PrefixIndex:
     (batches written), `dropped` (changes that never went out one by one) and `up`.
 
     Args:
-        url: of the Redis server, for example "redis://host:6379" or "unix:///path".
+        url: of the Redis server, for example "redis://host:6379" or "unix:///path"; what it says
+            itself of user and password goes before the next two.
+        username, password: of Redis's ACL.
+        ca: PEM file by which to check the server of a "rediss://" URL; none: the system's list.
         namespace: begins every key.
         lookup_timeout_seconds: the longest that a lookup waits.
         entry_ttl_seconds: a set that nobody refreshes is gone after this time.
@@ -118,6 +124,9 @@ class PrefixIndex:
         self,
         url: str,
         *,
+        username: str = "",
+        password: SecretStr | None = None,
+        ca: Path | None = None,
         namespace: str = "quire",
         lookup_timeout_seconds: float = 0.005,
         entry_ttl_seconds: int = 600,
@@ -131,8 +140,8 @@ class PrefixIndex:
         self._flush_interval = flush_interval_seconds
         self._max_pending = max_pending
         self._max_lookups = max_lookups
-        self._reader = _client(url)
-        self._writer = _client(url)
+        self._reader = _client(url, username, password, ca)
+        self._writer = _client(url, username, password, ca)
         self._searches: set[asyncio.Task[list[int]]] = set()
         self._tracked: dict[EngineLife, _Tracked] = {}
         self._purges: list[str] = []
@@ -288,7 +297,8 @@ class PrefixIndex:
 
     def _went_down(self, error: Exception) -> None:
         if self.up:
-            log.warning("prefix index is down, going on without hits: %r", error)
+            kind = type(error).__name__
+            log.warning("prefix index is down, going on without hits: %s: %s", kind, error)
         self.up = False
         # A slow answer says nothing about the sets; a lost server may come back without them.
         if not isinstance(error, TimeoutError):
@@ -382,9 +392,17 @@ class PrefixIndex:
         return replies
 
 
-def _client(url: str) -> Redis:
+def _client(url: str, username: str, password: SecretStr | None, ca: Path | None) -> Redis:
+    credentials: dict[str, Any] = {}
+    if username:
+        credentials["username"] = username
+    if password is not None:
+        credentials["password"] = password.get_secret_value()
+    if ca is not None:
+        credentials["ssl_ca_certs"] = str(ca)
     return Redis.from_url(
         url,
+        **credentials,
         socket_timeout=_IO_TIMEOUT_SECONDS,
         socket_connect_timeout=_IO_TIMEOUT_SECONDS,
         retry=Retry(NoBackoff(), 0),

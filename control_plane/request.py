@@ -62,6 +62,11 @@ class Request:
     beams: BeamFields | None = None
 
     @property
+    def key(self) -> tuple[str, str]:
+        """What it is found by: an id belongs to the tenant that chose it."""
+        return self.salt, self.request_id
+
+    @property
     def sequence_count(self) -> int:
         """Sequences that serve it: samples, or beams."""
         return self.beams.width if self.beams else self.sample_count

@@ -7,10 +7,13 @@ import logging
 import signal
 from contextlib import suppress
 
+import grpc
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import start_http_server
 
 from control_plane import admin, frontend
+from control_plane.access import Access, anonymous_roles
+from control_plane.authorisation import Authorisation, tenant_of
 from control_plane.engine_link import EngineLink
 from control_plane.generation import Generations
 from control_plane.leader import EngineLeader, LeaderState
@@ -39,6 +42,9 @@ class Replica:
         self.settings = settings
         self.index = PrefixIndex(
             settings.redis_url,
+            username=settings.redis_username,
+            password=settings.redis_password,
+            ca=settings.redis_ca,
             namespace=settings.index_namespace,
             lookup_timeout_seconds=settings.index_timeout_ms / 1000,
         )
@@ -55,11 +61,16 @@ class Replica:
             self.generations,
             self.metrics,
             settings.max_waiting_seconds,
-            shared_prefix=self.registered.match,
+            tenant_of,
+            self.registered.match,
         )
+        self.access = Access(settings.access, anonymous_roles(settings.anonymous_roles))
+        guard = Authorisation(self.access, reflection=settings.reflection).guard()
         self._tasks: list[asyncio.Task[None]] = []
-        self._servers = [wire.server(), wire.server()]
+        self._servers = [wire.server(guard), wire.server(guard)]
+        self._probed: grpc.aio.Server | None = None
         self.ports: list[int] = []
+        self.health_port = 0
 
     def _leader(self, address: str) -> EngineLeader:
         settings = self.settings
@@ -93,8 +104,12 @@ class Replica:
             wire.add_reflection(operators, [admin.SERVICE])
         addresses = (self.settings.listen, self.settings.admin_listen)
         for server, address in zip(self._servers, addresses, strict=True):
-            self.ports.append(wire.listen(server, address, self.settings.tls))
+            self.ports.append(wire.listen(server, address, self.settings.listen_tls))
             await server.start()
+        if self.settings.health_listen:
+            self._probed, self.health_port = await wire.serve_health(
+                self.settings.health_listen, healths[0]
+            )
         if self.settings.metrics_port:
             host = self.settings.listen.rpartition(":")[0].strip("[]")
             start_http_server(self.settings.metrics_port, host, self.metrics.registry)
@@ -102,10 +117,20 @@ class Replica:
         await self.index.start()
         self._tasks = [asyncio.create_task(leader.run()) for leader in self.router.leaders]
         self._tasks.append(asyncio.create_task(self._report_health(healths)))
+        self._tasks.append(asyncio.create_task(self.access.follow()))
         self._tasks += [asyncio.create_task(each.run()) for each in (self.store, self.keeper)]
         for task in self._tasks:
             task.add_done_callback(_log_failure)
+        self._warn()
         log.info("inference API on port %d, admin API on port %d", *self.ports)
+
+    def _warn(self) -> None:
+        """Says what can hardly be meant."""
+        tls = self.settings.listen_tls
+        if self.access.knows_tokens and tls is None:
+            log.warning("tokens come in plain text, since there is no tls-certificate")
+        if self.access.knows_certificates and (tls is None or tls.ca is None):
+            log.warning("nobody is known by a certificate, since none is asked for")
 
     async def _report_health(self, healths: list[health.aio.HealthServicer]) -> None:
         """SERVING while at least one engine is led, so that traffic goes where it is answered."""
@@ -132,6 +157,8 @@ class Replica:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._servers[1].stop(0)
+        if self._probed is not None:
+            await self._probed.stop(0)
         for leader in self.router.leaders:
             await leader.link.close()
         await self.index.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -13,6 +13,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from control_plane.access import anonymous_roles, read_access
 from protos import wire
 from protos.settings_file import settings_file
 
@@ -44,7 +45,9 @@ class Settings(BaseSettings):
     vllm_metrics: bool = Field(False, description="serve metrics under vLLM's names, too")
     advertise: str = Field("", description="host:port told to other replicas; empty: listen")
     redis_url: str = Field(
-        "redis://127.0.0.1:6379", description="of the prefix index; serving goes on without it"
+        "redis://127.0.0.1:6379",
+        description="of the prefix index; serving goes on without it",
+        repr=False,  # It may have a password in it.
     )
     redis_username: str = Field("", description="of Redis's ACL; empty: the default user")
     redis_password: SecretStr | None = Field(None, description="of that user; none: no password")
@@ -85,6 +88,9 @@ class Settings(BaseSettings):
     tls_certificate: Path | None = Field(None, description="PEM file; together with tls-key")
     tls_key: Path | None = Field(None, description="PEM file")
     tls_ca: Path | None = Field(None, description="PEM file; peers must be signed by it")
+    client_certificates: bool = Field(
+        True, description="callers must have a certificate that tls-ca signed; engines must anyway"
+    )
     reflection: bool = Field(False, description="serve gRPC reflection")
     check_invariants: bool = Field(False, description="verify block conservation after every step")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
@@ -94,10 +100,35 @@ class Settings(BaseSettings):
     def tls(self) -> wire.Tls | None:
         return wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
 
+    @property
+    def listen_tls(self) -> wire.Tls | None:
+        """Of the servers: without `client_certificates` they ask callers for none."""
+        ca = self.tls_ca if self.client_certificates else None
+        return None if self.tls is None else wire.Tls(self.tls_certificate, self.tls_key, ca)
+
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
         wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
         return self
+
+    @model_validator(mode="after")
+    def _check_redis(self) -> Self:
+        if self.redis_ca is not None and not self.redis_url.startswith("rediss://"):
+            raise ValueError("redis-ca is for a redis-url that begins with rediss://")
+        return self
+
+    @field_validator("access")
+    @classmethod
+    def _check_access(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            read_access(path)
+        return path
+
+    @field_validator("anonymous_roles")
+    @classmethod
+    def _check_anonymous_roles(cls, roles: str) -> str:
+        anonymous_roles(roles)
+        return roles
 
     @classmethod
     def settings_customise_sources(

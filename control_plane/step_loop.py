@@ -222,13 +222,13 @@ class StepLoop:
     def _known_or_new(self, row: ResidentRow) -> Generation | None:
         facts, prompt = self.facts, row.tokens[: row.prompt_count]
         request, digest = records.rebuilt_request(row.record, prompt, facts)
-        if self._generations.was_cancelled(request.request_id):
+        if self._generations.was_cancelled(request.key):
             return None
-        generation = self._generations.running(request.request_id)
+        generation = self._generations.running(request.key)
         if generation is not None:
             # If it is neither stranded nor from this snapshot, another engine runs it by now.
             return generation if generation.engine_id == facts.engine_id else None
-        ended = self._generations.get(request.request_id)
+        ended = self._generations.get(request.key)
         if ended is not None and ended.digest == digest:
             return None  # It has failed or ended already; its slot was not released in time.
         if request.wants_logprobs:
@@ -282,7 +282,7 @@ class StepLoop:
         self._fail(generation, f"internal error {reference}")
 
     def _end_orphan(self, generation: Generation) -> None:
-        running = self._generations.running(generation.request.request_id) is generation
+        running = self._generations.running(generation.request.key) is generation
         if running and not generation.finished and generation.subscriber_count == 0:
             log.info("nobody came back for %s", generation.request.request_id)
             self._abandon(generation)

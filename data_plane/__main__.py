@@ -29,7 +29,7 @@ from data_plane.load_progress import shown
 from data_plane.memory import cache_bytes
 from data_plane.model import Model, ModelError, ModelFacts, load_model
 from data_plane.ranks import EXIT_BAD_MODEL, EXIT_WORKER_FAILED, Loss, Place, RankLost, Ranks
-from data_plane.service import EngineService, ServiceTimes, stable_engine_id
+from data_plane.service import EngineService, ServiceTimes, leaders_only, stable_engine_id
 from data_plane.settings import Settings
 from data_plane.step_runner import default_buckets
 from data_plane.tensor_parallel import ALONE, TensorGroup
@@ -198,7 +198,7 @@ async def serve(
     ranks: Ranks,
 ) -> int:
     """Serves until SIGTERM, SIGINT, or the failure of a worker or a rank; returns the status."""
-    server = wire.server()
+    server = wire.server(leaders_only(settings.leaders))
     service = EngineService(
         engine,
         worker,
@@ -213,6 +213,9 @@ async def serve(
         wire.add_reflection(server, [_SERVICE])
     port = wire.listen(server, settings.listen, settings.tls)
     await server.start()
+    probed = None
+    if settings.health_listen:
+        probed, _ = await wire.serve_health(settings.health_listen, health)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -231,6 +234,8 @@ async def serve(
         grace = min(grace, FAILURE_SECONDS)
     await service.stop()
     await server.stop(grace)
+    if probed is not None:
+        await probed.stop(0)
     if loss is not None:
         log.critical("the engine failed: %s", loss.sentence)
         return loss.status

@@ -24,6 +24,7 @@ from data_plane.tokenizer_files import TokenizerFiles
 from data_plane.worker import Worker
 from protos import wire
 from protos.engine.v1 import engine_pb2, engine_pb2_grpc
+from protos.identity import HEALTH_METHODS, Guard, certificate_names
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -65,6 +66,17 @@ class _Leadership:
     results: asyncio.Queue[asyncio.Task[engine_pb2.StepResult]] = field(
         default_factory=asyncio.Queue
     )
+
+
+def leaders_only(names: frozenset[str]) -> Guard | None:
+    """What keeps all but some peers from everything but health; None for no names: nothing does."""
+
+    def check(method: str, context: wire.Context) -> None:
+        if method not in HEALTH_METHODS and names.isdisjoint(certificate_names(context)):
+            sentence = "the caller's certificate has no name that may lead this engine"
+            raise wire.failed(grpc.StatusCode.PERMISSION_DENIED, "NO_LEADER", sentence)
+
+    return Guard(check) if names else None
 
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):

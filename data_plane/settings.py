@@ -103,9 +103,17 @@ class Settings(BaseSettings):
     def tls(self) -> wire.Tls | None:
         return wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
 
+    @property
+    def leaders(self) -> frozenset[str]:
+        """The names of leader-names."""
+        names = (name.strip() for name in self.leader_names.split(","))
+        return frozenset(name for name in names if name)
+
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
-        wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
+        tls = wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
+        if self.leaders and (tls is None or tls.ca is None):
+            raise ValueError("leader-names needs tls-ca: names are those of certificates")
         return self
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -48,15 +48,38 @@ SERVER_OPTIONS = [
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """PEM files of one process; with `ca`, peers must present a certificate that it signed."""
+    """PEM files of one process.
 
-    certificate: Path
-    key: Path
+    A server needs a certificate with its key; with `ca`, its peers must present one that it signed.
+    A client needs none of them: it checks its server's certificate by `ca`, or by gRPC's own list
+    of authorities, and presents one of its own if it has one.
+
+    Raises:
+        ValueError: a certificate without its key, or the other way round.
+    """
+
+    certificate: Path | None = None
+    key: Path | None = None
     ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("tls-certificate and tls-key must be set together")
+
+
+def client_tls(certificate: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
+    """Returns what three settings mean to a client, None (plain text) if none is set.
+
+    Raises:
+        ValueError: a certificate without its key, or the other way round.
+    """
+    if certificate is None and key is None and ca is None:
+        return None
+    return Tls(certificate, key, ca)
 
 
 def tls(certificate: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
-    """Returns what three settings mean, None if none is set.
+    """Returns what three settings mean to a server, None (plain text) if none is set.
 
     Raises:
         ValueError: only some of those that belong together are set.
@@ -68,9 +91,19 @@ def tls(certificate: Path | None, key: Path | None, ca: Path | None) -> Tls | No
     return Tls(certificate, key, ca)
 
 
-def server(max_concurrent_rpcs: int | None = None) -> grpc.aio.Server:
-    """Makes a server with the common options."""
-    return grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_concurrent_rpcs)
+def server(
+    guard: grpc.aio.ServerInterceptor | None = None, max_concurrent_rpcs: int | None = None
+) -> grpc.aio.Server:
+    """Makes a server with the common options.
+
+    Args:
+        guard: what every call passes first; see ``protos.identity.Guard``.
+    """
+    return grpc.aio.server(
+        interceptors=() if guard is None else (guard,),
+        options=SERVER_OPTIONS,
+        maximum_concurrent_rpcs=max_concurrent_rpcs,
+    )
 
 
 def listen(where: grpc.aio.Server, address: str, tls: Tls | None) -> int:
@@ -78,9 +111,12 @@ def listen(where: grpc.aio.Server, address: str, tls: Tls | None) -> int:
 
     Raises:
         RuntimeError: the address cannot be bound.
+        ValueError: there is TLS, but no certificate.
     """
     if tls is None:
         return where.add_insecure_port(address)
+    if tls.certificate is None or tls.key is None:
+        raise ValueError("a server with TLS needs a certificate")
     pair = [(tls.key.read_bytes(), tls.certificate.read_bytes())]
     ca = tls.ca.read_bytes() if tls.ca else None
     credentials = grpc.ssl_server_credentials(pair, ca, require_client_auth=ca is not None)
@@ -92,9 +128,22 @@ def channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
     if tls is None:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
     credentials = grpc.ssl_channel_credentials(
-        tls.ca.read_bytes() if tls.ca else None, tls.key.read_bytes(), tls.certificate.read_bytes()
+        *(file.read_bytes() if file else None for file in (tls.ca, tls.key, tls.certificate))
     )
     return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """Returns the metadata of a call that shows a token; of one that shows none if it is empty.
+
+    Raises:
+        ValueError: metadata cannot carry it.
+    """
+    if not token:
+        return ()
+    if not all(" " < char <= "~" for char in token):
+        raise ValueError("a token must be printable ASCII without spaces")
+    return (("authorization", f"Bearer {token}"),)
 
 
 def add_health(where: grpc.aio.Server) -> health.aio.HealthServicer:
@@ -102,6 +151,19 @@ def add_health(where: grpc.aio.Server) -> health.aio.HealthServicer:
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, where)
     return servicer
+
+
+async def serve_health(address: str, servicer: health.aio.HealthServicer) -> tuple[Any, int]:
+    """Serves another server's health and nothing else, in plain text: (the server, its port).
+
+    Raises:
+        RuntimeError: the address cannot be bound.
+    """
+    probed = server()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, probed)
+    port = listen(probed, address, None)
+    await probed.start()
+    return probed, port
 
 
 def add_reflection(where: grpc.aio.Server, services: Sequence[str]) -> None:
@@ -133,9 +195,11 @@ def bad_field(field: str, sentence: str) -> RpcError:
     return RpcError(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {sentence}", (detail,))
 
 
-def failed(code: grpc.StatusCode, reason: str, sentence: str) -> RpcError:
-    """Any code with an ErrorInfo whose `reason` programs can tell apart."""
-    detail = error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN)
+def failed(
+    code: grpc.StatusCode, reason: str, sentence: str, metadata: Mapping[str, str] | None = None
+) -> RpcError:
+    """Any code with an ErrorInfo whose `reason` and `metadata` programs can tell apart."""
+    detail = error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN, metadata=metadata)
     return RpcError(code, sentence, (detail,))
 
 

@@ -27,12 +27,22 @@ class Authority:
         self.ca = directory / f"{name}.pem"
         self.ca.write_bytes(_pem(builder.sign(self._key, hashes.SHA256())))
 
-    def issue(self, name: str) -> Tls:
-        """Makes a certificate that is good for both sides of a connection."""
+    def issue(self, name: str, *others: str, expired: bool = False) -> Tls:
+        """Makes a certificate that is good for both sides of a connection.
+
+        Args:
+            name: the common name, and that of the files.
+            others: subject alternative names beside 127.0.0.1; those with a colon are URIs.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
-        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        builder = _builder(_name(name), self._name, key).add_extension(
-            x509.SubjectAlternativeName([address]), critical=False
+        names: list[x509.GeneralName] = [
+            x509.UniformResourceIdentifier(other) if ":" in other else x509.DNSName(other)
+            for other in others
+        ]
+        names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
+        age = datetime.timedelta(hours=2 if expired else 0)
+        builder = _builder(_name(name), self._name, key, age).add_extension(
+            x509.SubjectAlternativeName(names), critical=False
         )
         files = self._directory / f"{name}.crt", self._directory / f"{name}.key"
         files[0].write_bytes(_pem(builder.sign(self._key, hashes.SHA256())))
@@ -51,9 +61,12 @@ def _name(name: str) -> x509.Name:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    age: datetime.timedelta = datetime.timedelta(),
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+    now = datetime.datetime.now(datetime.UTC) - age
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

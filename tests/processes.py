@@ -93,4 +93,5 @@ def control_plane(log: Path, engines: list[int], *flags: str, port: int = 0) -> 
     addresses = ",".join(f"127.0.0.1:{engine}" for engine in engines)
     common = ("--engines", addresses, "--admin-listen", f"127.0.0.1:{free_port()}")
     checks = ("--check-invariants", "--redis-url", "redis://127.0.0.1:1")
+    checks += ("--anonymous-roles", "generate,read,write")
     return Process("control_plane", port or free_port(), log, *common, *checks, *flags)

@@ -86,10 +86,10 @@ class Contents:
         self._size = block_size
         self._tokens: dict[bytes, np.ndarray] = {}
         for job in jobs:
-            hasher = PrefixHasher("stub", block_size, job.tenant)
+            hasher, shared = PrefixHasher("stub", block_size, job.tenant), job.shared.block_count
             for row in job.rows():
                 tokens = np.array(row, np.int32)
-                for index, digest in enumerate(hasher.extend([], tokens)):
+                for index, digest in enumerate(hasher.extend([], tokens, shared)):
                     self._tokens[digest] = tokens[index * block_size : (index + 1) * block_size]
         self._expected = np.zeros((0, block_size), np.int32)
 

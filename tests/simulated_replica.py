@@ -85,7 +85,9 @@ class Client:
 
     def attach(self, replica: Replica) -> None:
         """Joins the job's generation at this replica, or has it made, if that is possible now."""
-        generation = replica.generations.get(self.job.name) or self._submit(replica)
+        generation = replica.generations.get((self.job.tenant, self.job.name)) or self._submit(
+            replica
+        )
         if generation is not None:
             generation._subscribers.add(self._event)
             self.generation, self._seen = generation, [0] * self.job.sample_count
@@ -98,7 +100,9 @@ class Client:
         if loop is None or not loop.alive:
             return None
         message, facts = job.message(), loop.facts
-        request = records.new_request(message, job.prompt, job.max_tokens, facts, job.tenant, b"")
+        request = records.new_request(
+            message, job.prompt, job.max_tokens, facts, job.tenant, b"", job.shared
+        )
         strings = tuple(message.stopping.stop_strings)
         generation = Generation(request, b"", loop.tokenizer, strings, facts.kind)
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from control_plane.beams import BeamFields
+from control_plane.records import NOT_SHARED, SharedPrefix
 from control_plane.request import FinishReason, pool_room
 from control_plane.scheduler import SchedulerLimits
 from protos.inference.v1 import inference_pb2 as pb
@@ -60,6 +61,12 @@ class Job:
     fault: Fault | None = None
     scored: bool = False
     beams: BeamFields | None = None
+
+    @property
+    def shared(self) -> SharedPrefix:
+        """Whether its prompt begins with a registered prefix is a matter of its first token."""
+        count = self.prompt[0] % 4
+        return SharedPrefix("registered", count) if count else NOT_SHARED
 
     def message(self) -> pb.GenerateRequest:
         message = pb.GenerateRequest(request_id=self.name, priority=self.priority)

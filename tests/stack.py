@@ -16,7 +16,7 @@ from control_plane.settings import Settings
 from data_plane.engine import Engine, EngineSizes
 from data_plane.kv_scales import KVScales
 from data_plane.model import Model
-from data_plane.service import EngineService, ServiceTimes
+from data_plane.service import EngineService, ServiceTimes, leaders_only
 from data_plane.tokenizer_files import read_tokenizer
 from data_plane.worker import Worker
 from protos import wire
@@ -137,6 +137,7 @@ async def running_engine(
     address: str = "127.0.0.1:0",
     tls: wire.Tls | None = None,
     engine_id: str = "engine-test",
+    leaders: frozenset[str] = frozenset(),
     **times: float,
 ) -> AsyncIterator[tuple[Worker, int]]:
     """Serves an engine; yields its worker and its port."""
@@ -146,7 +147,7 @@ async def running_engine(
     service = EngineService(
         engine, worker, tokenizer, engine_id=engine_id, times=ServiceTimes(**times)
     )
-    server = wire.server()
+    server = wire.server(leaders_only(leaders))
     engine_pb2_grpc.add_EngineServiceServicer_to_server(service, server)
     port = wire.listen(server, address, tls)
     await server.start()
@@ -165,6 +166,7 @@ async def running_replica(ports: list[int], **settings: object) -> AsyncIterator
         "engines": ",".join(f"127.0.0.1:{port}" for port in ports),
         "listen": "127.0.0.1:0",
         "admin_listen": "127.0.0.1:0",
+        "anonymous_roles": "generate,read,write",
         "redis_url": NO_REDIS,
         "check_invariants": True,
         "drain_seconds": 0,

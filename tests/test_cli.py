@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,14 @@ import pytest
 
 from control_plane.cli.child import Child
 from control_plane.cli.commands import main
-from control_plane.cli.local_stack import StackError, demo_model, is_free, split_flags
+from control_plane.cli.local_stack import (
+    LocalStack,
+    StackError,
+    StackSettings,
+    demo_model,
+    is_free,
+    split_flags,
+)
 from data_plane import load_progress
 
 GOLDEN = json.loads((demo_model() / "golden.json").read_text())
@@ -235,6 +243,39 @@ def test_loading_is_told_and_shown(
     assert (child.doing(), child.percent()) == ("", None)
     child.log.write_text("2026-01-02 03:04:05,678 INFO data_plane.x: loading weights: 50 %\n")
     assert (child.doing(), child.percent()) == ("loading weights: 50 %", 50)
+
+
+@pytest.mark.parametrize(
+    ("admin_listen", "flags", "variables", "roles"),
+    [
+        ("127.0.0.1:0", (), {}, ["generate,read,write"]),
+        ("localhost:0", (), {}, ["generate,read,write"]),
+        # Whoever reaches an admin API from outside, or says who may use it, is no guest at home.
+        ("0.0.0.0:0", (), {}, []),
+        ("127.0.0.1:0", ("--access", "x"), {}, []),
+        ("127.0.0.1:0", ("--access=x",), {}, []),
+        ("127.0.0.1:0", (), {"QUIRE_ACCESS": "x"}, []),
+        ("127.0.0.1:0", (), {"QUIRE_ANONYMOUS_ROLES": "read"}, []),
+        ("127.0.0.1:0", ("--anonymous-roles", "read"), {}, ["generate,read,write", "read"]),
+    ],
+)
+def test_all_roles_are_for_a_stack_at_home_only(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    admin_listen: str,
+    flags: tuple[str, ...],
+    variables: dict[str, str],
+    roles: list[str],
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    command = LocalStack(
+        StackSettings(admin_listen=admin_listen, flags=flags)
+    ).control_plane.command
+    # The last one counts.
+    pairs = itertools.pairwise(command)
+    assert [value for flag, value in pairs if flag == "--anonymous-roles"] == roles
 
 
 def test_each_plane_gets_its_settings() -> None:

@@ -381,11 +381,13 @@ class Drained(admin_pb2_grpc.AdminServiceServicer):
 
     def __init__(self) -> None:
         self.asked: list[pb.DrainEngineRequest] = []
+        self.tokens: list[Any] = []
 
     async def DrainEngine(
         self, message: pb.DrainEngineRequest, context: wire.Context
     ) -> pb.DrainEngineResponse:
         self.asked.append(message)
+        self.tokens.append(dict(context.invocation_metadata() or ()).get("authorization"))
         engine = pb.Engine(
             engine_id=message.engine_id, draining=not message.resume, running_sequence_count=3
         )
@@ -430,6 +432,9 @@ def test_drain_and_resume(drained: tuple[Planes, Drained], monkeypatch: pytest.M
     assert "engine e0 gets requests again" in planes.quire("drain", "e0", "--resume")
     assert planes.json("drain", "e0")["draining"] is True
     assert [message.resume for message in servicer.asked] == [False, True, False]
+    monkeypatch.setenv("QUIRE_TOKEN", "abc")
+    planes.quire("drain", "e0")
+    assert servicer.tokens == [None] * 3 + ["Bearer abc"]
     # What this replica is too old for, or too slow.
     error = planes.quire("engines", status=1)
     assert error == f"error: the service at {planes.admin} has no ListEngines in its admin API\n"

@@ -216,7 +216,7 @@ def test_same_id_joins_and_a_different_request_is_refused(llama: Model) -> None:
             other = sampled(PROMPT, seed=2, max_tokens=200, request_id="two")
             busy = asyncio.create_task(stack.generate(other))
             async with asyncio.timeout(5):
-                while stack.replica.generations.running("two") is None:
+                while stack.replica.generations.running(("", "two")) is None:
                     await asyncio.sleep(0)
             error = await failure(stack.generate(sampled(PROMPT, seed=3, request_id="two")))
             assert error.code() is grpc.StatusCode.ALREADY_EXISTS

@@ -5,14 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import redis
+from pydantic import SecretStr
 
 from control_plane.prefix_index import EngineLife, PrefixIndex
+from control_plane.prefixes.registered import Definition, RegisteredPrefixes
+from control_plane.prefixes.store import RegisteredStore
+from tests.certificates import Authority
+from tests.processes import ROOT
 from tests.redis_server import RedisServer
 
 FINGERPRINT = "f00d"
@@ -330,5 +338,85 @@ def test_counters_and_cancelled_lookups(server: RedisServer) -> None:
             assert [each[ONE] for each in found] == list(range(1, 11))
             assert index.up and index.lookup_failures == 0
             assert index.lookups == 30 and index.lookup_seconds_sum > 0
+
+    asyncio.run(main())
+
+
+def test_wrong_credentials_cost_hits_only_and_are_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The user has no more rights than docs/operations.md gives it."""
+    page = (ROOT / "docs/operations.md").read_text()
+    (user,) = re.findall(r"^ACL SETUSER quire on >PASSWORD (.*)$", page, re.M)
+
+    async def main(server: RedisServer, client: redis.Redis) -> None:
+        blocks = chain(20)
+        credentials = {"username": "quire", "password": SecretStr("hunter2")}
+        async with opened(server, **credentials) as index:
+            index.track(FINGERPRINT, ONE, lambda _: blocks)
+            for _ in range(3):
+                assert await index.lookup(FINGERPRINT, [ONE], b"".join(blocks)) == {}
+            await asyncio.sleep(0.5)
+            assert not index.up and index.lookup_failures == 3
+            (record,) = [each for each in caplog.records if "prefix index" in each.message]
+            assert "hunter2" not in caplog.text and "invalid username" in record.message
+            client.execute_command("ACL", "SETUSER", "quire", "resetpass", ">hunter2")
+            await eventually(lambda: index.up)
+            await lookup_becomes(index, ONE, blocks, 20)
+            more = chain(5, seed=2)
+            index.publish(ONE, more, blocks[10:])
+            await lookup_becomes(index, ONE, blocks, 10)
+            index.forget(ONE, purge=True)
+            await lookup_becomes(index, ONE, blocks, 0)
+            registered = RegisteredPrefixes([])
+            store = RegisteredStore(index.redis, "quire", registered)
+            await store.refresh()
+            await store.put(Definition("one", "text"))
+            await store.warm("one")
+            store._unwritten_hits["one"] = store._unwritten_tokens["one"] = 1
+            await store.refresh()
+            assert store.saved["one"].tokens == 1
+            client.auth("of-the-default-user")
+            client.flushall()
+            await store.refresh()
+            assert list(registered.stored) == ["one"]
+            await store.remove("one")
+            assert index.up
+        assert "hunter2" not in caplog.text
+
+    caplog.set_level(logging.DEBUG)
+    with RedisServer() as server, redis.Redis.from_url(server.url) as client:
+        client.execute_command("ACL", "SETUSER", "quire", "on", ">other", *user.split())
+        client.execute_command("ACL", "SETUSER", "default", "resetpass", ">of-the-default-user")
+        asyncio.run(main(server, client))
+
+
+def test_redis_over_tls(server: RedisServer, tmp_path: Path) -> None:
+    authority, stranger = Authority(tmp_path), Authority(tmp_path, "stranger")
+    own = authority.issue("redis")
+    assert own.certificate is not None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(own.certificate, own.key)
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = server.url.removeprefix("unix://")
+        inner_reader, inner_writer = await asyncio.open_unix_connection(path)
+        await asyncio.gather(carry(reader, inner_writer), carry(inner_reader, writer))
+
+    async def main() -> None:
+        # The redis-server of the tests knows no TLS.
+        listener = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=context)
+        url = f"rediss://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        for ca, trusted in ((authority.ca, True), (stranger.ca, False), (None, False)):
+            index = PrefixIndex(url, ca=ca, lookup_timeout_seconds=1.0)
+            await index.start()
+            assert index.up is trusted
+            await index.close()
+        listener.close()
 
     asyncio.run(main())

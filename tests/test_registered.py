@@ -10,9 +10,9 @@ import grpc
 import numpy as np
 import pytest
 import redis
-from control_plane.prefixes.file import BadPrefixesFile, read_prefixes
 
 from control_plane.hashing import PrefixHasher
+from control_plane.prefixes.file import BadPrefixesFile, read_prefixes
 from control_plane.prefixes.registered import (
     MAX_PREFIXES,
     BadPrefix,

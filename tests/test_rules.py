@@ -34,7 +34,9 @@ SCRIPTS = {
 WIRE_MODULES = {
     "control_plane/admin.py",
     "control_plane/admin_client.py",
+    "control_plane/authorisation.py",
     "control_plane/cli/child.py",
+    "control_plane/cli/credentials.py",
     "control_plane/client.py",
     "control_plane/engine_link.py",
     "control_plane/engine_wire.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from data_plane.settings import Settings as DataSettings
 from protos import wire
 from protos.inference.v1 import inference_pb2_grpc
 from tests.certificates import Authority
-from tests.processes import ROOT
+from tests.processes import ROOT, control_plane, data_plane, free_port, wait_until_serving
 from tests.stack import Stack, failure, led, request, running_engine, running_replica, running_stack
 
 SIZES = EngineSizes(16, 128, 0, 8, 256, 1024)
@@ -72,6 +73,65 @@ def test_wrong_settings_are_refused_with_a_sentence(module: str, tmp_path: Path)
         assert result.returncode != 0
         assert part in result.stderr.replace("_", "-"), result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_access_that_means_nothing_is_refused_at_start(tmp_path: Path) -> None:
+    broken = tmp_path / "access.yaml"
+    broken.write_text("callers: [{name: a, token_sha256: hunter2, roles: [read]}]")
+    digits = "callers[0].token_sha256: must be the 64 hex digits of a token's SHA-256"
+    for module, flags, part in (
+        ("control_plane", ("--access", str(broken)), f"{broken}: {digits}"),
+        ("control_plane", ("--access", "/nowhere"), "/nowhere: No such file"),
+        ("control_plane", ("--anonymous-roles", "generate,root"), "there is no role 'root', only"),
+        ("control_plane", ("--anonymous-roles", "relay"), "relay is no role for callers"),
+        ("control_plane", ("--redis-ca", str(broken)), "redis-ca is for a redis-url that begins"),
+        ("data_plane", ("--leader-names", "a,b"), "leader-names needs tls-ca"),
+    ):
+        result = run(module, *flags)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert result.stderr.startswith("setting ") and part in result.stderr, result.stderr
+        assert "hunter2" not in result.stderr
+
+
+def test_passwords_are_never_shown() -> None:
+    settings = ControlSettings(
+        redis_password="hunter2",  # type: ignore[arg-type]
+        redis_url="redis://user:hunter2@127.0.0.1:1",
+    )
+    assert settings.redis_password is not None
+    assert settings.redis_password.get_secret_value() == "hunter2"
+    assert "hunter2" not in f"{settings!r} {settings}"
+
+
+def test_health_alone_in_plain_text(tmp_path: Path) -> None:
+    """Both planes with TLS everywhere else, as probes see them."""
+    authority = Authority(tmp_path)
+    files, own = _flags(authority.issue("engine")), _flags(authority.issue("control"))
+    engine_health, control_health = free_port(), free_port()
+
+    def listen(port: int) -> tuple[str, str]:
+        return "--health-listen", f"127.0.0.1:{port}"
+
+    engine_flags = (*files, *listen(engine_health), "--leader-names", "control")
+    with data_plane(tmp_path / "engine.log", *engine_flags) as engine:
+        wait_until_serving(engine_health, lambda: None)
+        control_flags = (*own, *listen(control_health))
+        with control_plane(tmp_path / "control.log", [engine.port], *control_flags) as control:
+            # Serving means that the engine is led.
+            wait_until_serving(control_health, lambda: None)
+            for port in (engine.port, control.port):
+                with pytest.raises(AssertionError, match="nothing serves"):
+                    wait_until_serving(port, lambda: None, 0.5)
+            control.signal(signal.SIGTERM)
+            assert control.wait() == 0
+        engine.signal(signal.SIGTERM)
+        assert engine.wait() == 0
+        assert "Traceback" not in engine.log() + control.log()
+
+
+def _flags(tls: wire.Tls) -> list[str]:
+    pairs = ("--tls-certificate", tls.certificate), ("--tls-key", tls.key), ("--tls-ca", tls.ca)
+    return [str(word) for pair in pairs for word in pair]
 
 
 def test_half_a_tls_configuration_is_an_error() -> None:
@@ -142,9 +202,12 @@ def test_reflection_is_by_opt_in(llama: Model, wanted: bool) -> None:
         async with running_stack(llama, reflection=wanted) as stack:
             if wanted:
                 assert "quire.inference.v1.InferenceService" in await names(stack)
+                newer = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+                error = await failure(stack.channel.stream_stream(newer)(iter([b""])).read())
+                assert error.code() is grpc.StatusCode.UNIMPLEMENTED
             else:
                 error = await failure(names(stack))
-                assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+                assert error.code() is grpc.StatusCode.PERMISSION_DENIED
 
     asyncio.run(main())
 

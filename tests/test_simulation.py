@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from control_plane import records
 from control_plane.beams import BeamSearch
 from control_plane.blocks import BlockPool, Int32Array
 from control_plane.branching import Branching
+from control_plane.engine_link import EngineFacts
+from control_plane.hashing import PrefixHasher
 from control_plane.plan import Plan
-from control_plane.request import Sequence, SequenceGroup
+from control_plane.request import Request, Sequence, SequenceGroup
 from control_plane.scheduler import Scheduler
 from control_plane.slots import SlotTable
 from control_plane.swapping import SwapSpace
@@ -210,7 +214,19 @@ def _beams_that_are_taken_off_do_not_branch(monkeypatch: Monkey) -> None:
     monkeypatch.setattr(Branching, "settle", settle)
 
 
+def _prompts_that_are_rebuilt_forget_what_is_shared(monkeypatch: Monkey) -> None:
+    original = records.rebuilt_request
+
+    def rebuilt(data: bytes, prompt: Int32Array, facts: EngineFacts) -> tuple[Request, bytes]:
+        request, digest = original(data, prompt, facts)
+        hasher = PrefixHasher(facts.fingerprint, facts.block_size, request.salt)
+        return replace(request, hashes=tuple(hasher.extend([], prompt))), digest
+
+    monkeypatch.setattr(records, "rebuilt_request", rebuilt)
+
+
 BUGS = [
+    _prompts_that_are_rebuilt_forget_what_is_shared,
     _release_drops_one_too_many,
     _share_forgets_one,
     _no_copy_of_a_shared_tail,

@@ -122,7 +122,7 @@ def test_whoever_waits_too_long_is_refused_and_nobody_else(
             assert retry_seconds(error) > 0
             groups = stack.loop.scheduler.groups
             assert "late" not in [group.request.request_id for group in groups]
-            assert stack.replica.generations.running("late") is None
+            assert stack.replica.generations.running(("", "late")) is None
             if service == 0.3:
                 await refusal(patient, 0.0)
                 assert stack.loop.scheduler.groups == groups[:1]
@@ -202,7 +202,7 @@ def test_the_time_goes_on_when_the_engine_is_lost(llama: Model) -> None:
         return life, worker, port
 
     def engine_of(replica: Replica, name: str) -> str:
-        generation = replica.generations.running(name)
+        generation = replica.generations.running(("", name))
         return generation.engine_id if generation else ""
 
     async def main() -> None:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from control_plane.admin_client import DEFAULT_ADDRESS, AdminClient
+from control_plane.cli.credentials import Credentials, with_credentials
 from control_plane.cli.running import CommandError, run
 
 Result = TypeVar("Result")
@@ -29,10 +30,11 @@ class Asking:
 
     address: str
     as_json: bool
+    credentials: Credentials
 
     def admin(self) -> AdminClient:
         """The one place where what a command was told of the service becomes a client."""
-        return AdminClient(self.address)
+        return AdminClient(self.address, token=self.credentials.token, tls=self.credentials.tls)
 
     def ask(self, call: Callable[[AdminClient], Awaitable[Result]]) -> Result:
         """Returns what a call brings; where it fails, the command ends with its sentence."""
@@ -69,16 +71,17 @@ def asks_admin(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         inspect.Parameter("address", keyword, default=DEFAULT_ADDRESS, annotation=AdminAddress),
         inspect.Parameter("as_json", keyword, default=False, annotation=AsJson),
+        inspect.Parameter("credentials", keyword, annotation=Credentials),
     ]
 
-    def told(address: str, as_json: bool, **arguments: Any) -> None:
-        command(**arguments, asking=Asking(address, as_json))
+    def told(address: str, as_json: bool, credentials: Credentials, **arguments: Any) -> None:
+        command(**arguments, asking=Asking(address, as_json, credentials))
 
     # What the command line is made of.
     told.__name__, told.__doc__ = command.__name__, command.__doc__
     told.__annotations__ = {each.name: each.annotation for each in [*own, *options]}
     told.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-    return told
+    return with_credentials(told)
 
 
 async def the_engine(admin: AdminClient, engine_id: str) -> str:

@@ -14,6 +14,7 @@ from control_plane import admin_client, client
 from control_plane.cli import operators, prefix_commands
 from control_plane.cli.ask import ask
 from control_plane.cli.asking import AsJson
+from control_plane.cli.credentials import Credentials, with_credentials
 from control_plane.cli.demo import run_demo
 from control_plane.cli.local_stack import (
     FREE_PORT,
@@ -43,6 +44,7 @@ Address = Annotated[
 
 
 @app.command()
+@with_credentials
 def generate(
     prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
     address: Address = client.DEFAULT_ADDRESS,
@@ -80,6 +82,8 @@ def generate(
         float, typer.Option(help="seconds without progress before a lost service is given up")
     ] = 30.0,
     as_json: AsJson = False,
+    *,
+    credentials: Credentials,
 ) -> None:
     """Asks one prompt and streams the answer; what it cost goes to standard error."""
     options = client.Options(
@@ -94,7 +98,9 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
 
     async def call() -> bool:
-        async with Client(address, retry_seconds=retry_seconds) as caller:
+        async with Client(
+            address, retry_seconds=retry_seconds, token=credentials.token, tls=credentials.tls
+        ) as caller:
             await caller.wait_connected(_CONNECT_SECONDS)
             return await ask(
                 caller, text, system=system, raw=raw, as_json=as_json,

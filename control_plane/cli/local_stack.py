@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import ipaddress
 import os
 import shutil
 import socket
@@ -26,6 +27,8 @@ _STOP_GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 # Settings that go to both planes; the other ones have a name of their own.
 _SHARED = {"config", "check_invariants", "log_level", "reflection"}
+# Whoever reaches the admin API of a stack on the loopback interface may use all of it.
+_ALL_ROLES = "generate,read,write"
 
 
 class StackError(Exception):
@@ -120,7 +123,12 @@ class LocalStack:
     def _control_plane(self, flags: list[str]) -> Child:
         command = [sys.executable, "-m", "control_plane", "--engines", self.engine_address]
         command += ["--listen", self._listen[0], "--admin-listen", self._listen[1]]
-        command += ["--redis-url", self.redis_url, "--drain-seconds", str(DRAIN_SECONDS), *flags]
+        command += ["--redis-url", self.redis_url, "--drain-seconds", str(DRAIN_SECONDS)]
+        told = any(name in os.environ for name in ("QUIRE_ACCESS", "QUIRE_ANONYMOUS_ROLES"))
+        told = told or any(flag.partition("=")[0] == "--access" for flag in flags)
+        if _is_loopback(self._listen[1]) and not told:
+            command += ["--anonymous-roles", _ALL_ROLES]
+        command += flags
         return self._plane("control plane", command, self.address)
 
     def _plane(self, name: str, command: list[str], address: str) -> Child:
@@ -278,6 +286,14 @@ def _split(address: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise StackError(f"{address!r} is no address; one looks like 127.0.0.1:7401")
     return host.strip("[]"), int(port)
+
+
+def _is_loopback(address: str) -> bool:
+    host, _ = _split(address)
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _new_socket(host: str) -> socket.socket:

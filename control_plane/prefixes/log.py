@@ -31,7 +31,7 @@ class CacheLog:
 
     def admitted(self, request: Request, facts: EngineFacts, cached: int, now: float) -> None:
         """Notes what a request found when the engine took it, in tokens."""
-        self._lookups.admitted(request.request_id, facts, cached, now)
+        self._lookups.admitted(request, facts, cached, now)
         size = facts.block_size
         blocks = cached // size
         shared = min(request.shared_blocks, blocks)

@@ -35,7 +35,7 @@ class Lookup:
 
 
 class LookupLog:
-    """The latest requests by id.
+    """The latest requests by tenant and id.
 
     Args:
         limit, token_limit: of requests, and of their prompts' tokens together.
@@ -46,7 +46,7 @@ class LookupLog:
 
     def __init__(self, limit: int = 2048, token_limit: int = 1 << 22) -> None:
         self._limit, self._token_limit = limit, token_limit
-        self._entries: OrderedDict[str, Lookup] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], Lookup] = OrderedDict()
         self._tokens = 0
         self._tenants: OrderedDict[str, None] = OrderedDict()
         self.listeners: list[Listener] = []
@@ -58,8 +58,8 @@ class LookupLog:
 
     def routed(self, request: Request, predicted: Mapping[EngineLife, int]) -> None:
         """Notes a request that is on its way to an engine."""
-        self._drop(request.request_id)
-        self._entries[request.request_id] = Lookup(request, predicted)
+        self._drop(request.key)
+        self._entries[request.key] = Lookup(request, predicted)
         self._tokens += len(request.prompt)
         self._tenants[request.salt] = None
         self._tenants.move_to_end(request.salt)
@@ -68,17 +68,20 @@ class LookupLog:
         while len(self._entries) > self._limit or self._tokens > self._token_limit:
             self._drop(next(iter(self._entries)))
 
-    def admitted(self, request_id: str, facts: EngineFacts, cached: int, now: float) -> None:
-        lookup = self._entries.get(request_id)
+    def admitted(self, request: Request, facts: EngineFacts, cached: int, now: float) -> None:
+        lookup = self._entries.get(request.key)
         if lookup is not None and lookup.facts is None:
             lookup.facts, lookup.cached, lookup.at = facts, cached, now
             for listener in self.listeners:
                 listener(lookup.request, facts, cached)
 
     def get(self, request_id: str) -> Lookup | None:
-        return self._entries.get(request_id)
+        """The latest one with that id, whosever it is."""
+        latest = (key for key in reversed(self._entries) if key[1] == request_id)
+        key = next(latest, None)
+        return None if key is None else self._entries[key]
 
-    def _drop(self, request_id: str) -> None:
-        lookup = self._entries.pop(request_id, None)
+    def _drop(self, key: tuple[str, str]) -> None:
+        lookup = self._entries.pop(key, None)
         if lookup is not None:
             self._tokens -= len(lookup.request.prompt)

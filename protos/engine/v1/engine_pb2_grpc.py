@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class EngineServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Where only some names of certificates may lead, all calls of others end with PERMISSION_DENIED.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -52,7 +53,8 @@ class EngineServiceStub:
 
 
 class EngineServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Where only some names of certificates may lead, all calls of others end with PERMISSION_DENIED.
+    """
 
     def Describe(self, request, context):
         """What this engine is. Constant for one incarnation.
@@ -114,7 +116,8 @@ def add_EngineServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EngineService:
-    """Missing associated documentation comment in .proto file."""
+    """Where only some names of certificates may lead, all calls of others end with PERMISSION_DENIED.
+    """
 
     @staticmethod
     def Describe(request,

@@ -61,11 +61,13 @@ class InferenceServiceServicer:
         INVALID_ARGUMENT    a field is outside its limit (BadRequest names field and limit), or the
         prompt can never fit the engine's block pool
         NOT_FOUND           no engine serves `model`
-        ALREADY_EXISTS      `request_id` is running with a different request
+        ALREADY_EXISTS      `request_id` of the caller's tenant is running with a different request
         RESOURCE_EXHAUSTED  the wait queue is full (RetryInfo), or the request has waited in it for
         longer than it may (ErrorInfo WAITED_TOO_LONG, RetryInfo)
         UNAVAILABLE         no engine is attached, or this replica is draining
         DEADLINE_EXCEEDED   the call's deadline passed; its blocks are freed
+        UNAUTHENTICATED     the bearer token in the metadata `authorization` is nobody's
+        PERMISSION_DENIED   the caller lacks a role (ErrorInfo ROLE_MISSING, `role` in its metadata)
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,7 +78,8 @@ class InferenceServiceServicer:
 
         Errors:
         INVALID_ARGUMENT    `request_id` is empty
-        NOT_FOUND           no such generation is waiting or running here
+        NOT_FOUND           no such generation of the caller's tenant is waiting or running here
+        UNAUTHENTICATED, PERMISSION_DENIED  as for Generate
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
