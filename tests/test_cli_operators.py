@@ -104,13 +104,13 @@ def planes(llama_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         # Enough time for a machine that is doing other things as well.
         flags = ("--admin-listen", admin, "--redis-url", redis.url, "--index-timeout-ms", "1000")
         for engine in engines:
-            engine.ready()
+            engine.ready(150)
         ports = [engine.port for engine in engines]
         control = control_plane(folder / "control.log", ports, *flags)
         stack.enter_context(control)
-        control.ready()
+        control.ready(150)
         found = Planes(f"127.0.0.1:{control.port}", admin)
-        until(lambda: {row["state"] for row in found.json("engines")} == {"led"})
+        until(lambda: {row["state"] for row in found.json("engines")} == {"led"}, 60)
         yield found
 
 
