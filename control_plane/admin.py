@@ -279,13 +279,17 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
             raise wire.failed(grpc.StatusCode.UNAVAILABLE, "NO_ENGINE", str(error)) from error
 
     def _hits(self, engine_id: str) -> list[tuple[EngineFacts, PrefixHits]]:
-        """Prefixes that were hit, those of several engines added up, most tokens saved first."""
+        """Prefixes that were hit, those of several engines added up, most tokens saved first.
+
+        With an engine's id: only those that it holds.
+        """
         merged: dict[bytes, tuple[EngineFacts, PrefixHits]] = {}
-        for leader, scheduler in self._led(""):
+        named = self._led(engine_id) if engine_id else []
+        for leader, _ in self._led(""):
             if leader.facts is None:
                 continue
             for hits in leader.cache_log.stats.top():
-                if engine_id in ("", leader.facts.engine_id) or scheduler.pool.holds(hits.digest):
+                if not engine_id or any(each.pool.holds(hits.digest) for _, each in named):
                     former = merged.get(hits.digest)
                     both = hits if former is None else former[1].plus(hits)
                     merged[hits.digest] = leader.facts, both

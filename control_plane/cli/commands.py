@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from control_plane import admin_client, client
-from control_plane.admin_client import AdminClient, Row
-from control_plane.cli import views
+from control_plane.cli import operators, prefix_commands
 from control_plane.cli.ask import ask
+from control_plane.cli.asking import AsJson
 from control_plane.cli.credentials import Credentials, with_credentials
 from control_plane.cli.demo import run_demo
 from control_plane.cli.local_stack import (
     FREE_PORT,
     LocalStack,
-    StackError,
     StackSettings,
     demo_model,
     is_free,
 )
-from control_plane.cli.stack_view import print_failure, shown
-from control_plane.client import CallError, Client
+from control_plane.cli.running import EXIT_FAILED, EXIT_STOPPED, run
+from control_plane.cli.stack_view import shown
+from control_plane.client import Client
 
-EXIT_FAILED = 1
-EXIT_STOPPED = 130
 _CONNECT_SECONDS = 1.0
 
 app = typer.Typer(
@@ -48,11 +41,6 @@ app = typer.Typer(
 Address = Annotated[
     str, typer.Option(envvar="QUIRE_ADDRESS", help="host:port of the inference API")
 ]
-AdminAddress = Annotated[
-    str, typer.Option("--address", envvar="QUIRE_ADMIN_ADDRESS", help="host:port of the admin API")
-]
-EngineId = Annotated[str, typer.Option("--engine", help="only of this engine id")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 
 
 @app.command()
@@ -119,50 +107,8 @@ def generate(
                 timeout=timeout, options=options,
             )  # fmt: skip
 
-    if not _run(call()):
+    if not run(call()):
         raise typer.Exit(EXIT_FAILED)
-
-
-@app.command()
-@with_credentials
-def prefixes(
-    address: AdminAddress = admin_client.DEFAULT_ADDRESS,
-    engine: EngineId = "",
-    limit: Annotated[int, typer.Option(min=1, help="rows, most tokens saved first")] = 20,
-    as_json: AsJson = False,
-    *,
-    credentials: Credentials,
-) -> None:
-    """Lists cached prefixes that were hit: their length, hits, and tokens saved."""
-    admin = _admin(address, credentials)
-    _list(admin, as_json, lambda admin: admin.prefixes(engine), views.prefixes_table, limit)
-
-
-@app.command()
-@with_credentials
-def engines(
-    address: AdminAddress = admin_client.DEFAULT_ADDRESS,
-    as_json: AsJson = False,
-    *,
-    credentials: Credentials,
-) -> None:
-    """Lists engines: their model, blocks, sequences, and prefix-cache hits in tokens."""
-    admin = _admin(address, credentials)
-    _list(admin, as_json, lambda admin: admin.engines(), views.engines_table)
-
-
-@app.command()
-@with_credentials
-def sequences(
-    address: AdminAddress = admin_client.DEFAULT_ADDRESS,
-    engine: EngineId = "",
-    as_json: AsJson = False,
-    *,
-    credentials: Credentials,
-) -> None:
-    """Lists sequences that wait or run: their tokens and blocks."""
-    admin = _admin(address, credentials)
-    _list(admin, as_json, lambda admin: admin.sequences(engine), views.sequences_table)
 
 
 @app.command()
@@ -221,7 +167,7 @@ def up(
         async with shown(LocalStack(stack_settings), console) as stack:
             await _keep_serving(stack, console)
 
-    _run(serve(), exit_when_stopped=0)
+    run(serve(), exit_when_stopped=0)
 
 
 @app.command()
@@ -244,7 +190,11 @@ def demo(
             if keep:
                 await _keep_serving(stack, console)
 
-    _run(show(), exit_when_stopped=0 if keep else EXIT_STOPPED)
+    run(show(), exit_when_stopped=0 if keep else EXIT_STOPPED)
+
+
+prefix_commands.add_commands(app)
+operators.add_commands(app)
 
 
 def main() -> None:
@@ -267,54 +217,3 @@ async def _keep_serving(stack: LocalStack, console: Console) -> None:
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)
     await stack.watch()
-
-
-def _admin(address: str, credentials: Credentials) -> AdminClient:
-    return AdminClient(address, token=credentials.token, tls=credentials.tls)
-
-
-def _list(
-    admin: AdminClient,
-    as_json: bool,
-    listing: Callable[[AdminClient], Awaitable[list[Row]]],
-    table: Callable[[list[Row]], Table],
-    limit: int | None = None,
-) -> None:
-    async def call() -> list[Row]:
-        async with admin:
-            return (await listing(admin))[:limit]
-
-    rows = _run(call())
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        Console().print(table(rows))
-
-
-def _run(main: Coroutine[Any, Any, Any], exit_when_stopped: int = EXIT_STOPPED) -> Any:
-    """Runs until done, or until SIGINT, SIGTERM or SIGHUP; what fails becomes one sentence."""
-
-    async def run() -> Any:
-        task = asyncio.ensure_future(main)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-        return await task
-
-    try:
-        return asyncio.run(run())
-    except asyncio.CancelledError:
-        raise typer.Exit(exit_when_stopped) from None
-    except StackError as error:
-        print_failure(error, Console(stderr=True))
-    except ExceptionGroup as errors:
-        first = errors.exceptions[0]
-        if not isinstance(first, CallError):
-            raise
-        _print_error(first.sentence)
-    except CallError as error:
-        _print_error(error.sentence)
-    raise typer.Exit(EXIT_FAILED)
-
-
-def _print_error(sentence: str) -> None:
-    Console(stderr=True).print(Text(f"error: {sentence}", "red"), soft_wrap=True)

@@ -14,6 +14,7 @@ from rich.text import Text
 from control_plane.admin_client import AdminClient
 from control_plane.cli import views
 from control_plane.cli.ask import Answer, Answers
+from control_plane.cli.engine_view import engines_view
 from control_plane.cli.local_stack import LocalStack
 from control_plane.client import Client
 
@@ -40,7 +41,8 @@ async def run_demo(stack: LocalStack, model: Path, console: Console) -> None:
         console.print(f"prompt tokens from the cache: {views.share(saved, prompts)}", style="bold")
         console.print()
         console.print(views.prefixes_table(await admin.prefixes()))
-        console.print(views.engines_table(await admin.engines()))
+        console.print()
+        console.print(engines_view(await admin.engines()))
 
 
 class _Question:

@@ -1,88 +1,116 @@
-"""Tables of what the admin API lists, for people."""
+"""What the admin API lists, for people: prefixes, registered prefixes, sequences."""
 
 from __future__ import annotations
 
+from collections.abc import Container
+from itertools import zip_longest
+
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from control_plane.admin_client import Row
+from control_plane.cli.cells import plain
 
 _HASH_DIGITS = 12
-_STATE_STYLES = {"led": "green", "followed": "cyan", "connecting": "yellow"}
-
-
-def engines_table(engines: list[Row]) -> Table:
-    """One row per engine: its blocks, its sequences, its prefix-cache hits."""
-    table = _table(f"{len(engines)} engine{'s' * (len(engines) != 1)}")
-    table.add_column("engine", no_wrap=True)
-    table.add_column("model")
-    table.add_column("state")
-    for name in ("blocks", "sequences", "prompt tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in engines:
-        state = Text(row["state"], style=_STATE_STYLES.get(row["state"], ""))
-        if row["state"] == "followed" and row["leader_address"]:
-            state.append(f"\n{row['leader_address']}", style="dim")
-        if row["last_failure"]:
-            when = _duration(row["last_failure_age_seconds"])
-            state.append(f"\nlost {when}: {row['last_failure']}", style="dim")
-        blocks = [f"{row[f'{kind}_block_count']:,} {kind}" for kind in ("used", "cached", "free")]
-        sequences = [
-            f"{row['running_sequence_count']:,} running",
-            f"{row['waiting_request_count']:,} waiting",
-            f"{row['preemption_count']:,} preempted",
-        ]
-        hits, prompts = row["prefix_hit_token_count"], row["prefix_query_token_count"]
-        table.add_row(
-            _plain(f"{row['engine_id'] or '?'}\n{row['address']}"),
-            _plain(row["model"] or "?"),
-            state,
-            "\n".join(blocks),
-            "\n".join(sequences),
-            f"{prompts:,} in all\n{hits:,} cached\n{percent(hits, prompts)}",
-        )
-    return table
+_REQUEST_ID_WIDTH = 32
 
 
 def prefixes_table(prefixes: list[Row]) -> Table:
     """One row per cached prefix that was hit, named by the hash of its last block."""
     table = _table(f"{len(prefixes)} prefix{'es' * (len(prefixes) != 1)} with hits")
-    for name in ("prefix", "engine"):
-        table.add_column(name, no_wrap=True)
-    for name in ("tokens", "hits", "saved", "in use by", "last hit"):
-        table.add_column(name, justify="right", no_wrap=True)
+    several_models = len({row["model"] for row in prefixes}) > 1
+    table.add_column("prefix")
+    if several_models:
+        table.add_column("model")
+    for column in ("tokens", "hits", "saved", "last hit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("found by")
+    table.add_column("cached on (in use by)")
     for row in prefixes:
-        table.add_row(
-            row["prefix_hash"][:_HASH_DIGITS],
-            _plain(row["engine_id"]),
+        name = (
+            plain(row["name"], "bold") if row["name"] else Text(row["prefix_hash"][:_HASH_DIGITS])
+        )
+        if row["pinned"]:
+            name.append("\npinned", "magenta")
+        cells: list[RenderableType] = [name]
+        if several_models:
+            cells.append(plain(row["model"]))
+        cells += [
             f"{row['token_count']:,}",
             f"{row['hit_count']:,}",
             f"{row['saved_token_count']:,}",
-            f"{row['reference_count']:,}" if row["resident"] else Text("evicted", "dim"),
-            _duration(row["idle_seconds"]),
-        )
+            ago(row["idle_seconds"]),
+            _found_by(row),
+            _holders(row),
+        ]
+        table.add_row(*cells)
     return table
+
+
+def registered_table(prefixes: list[Row], led: Container[str], title: bool = True) -> Table:
+    """One row per registered prefix and engine.
+
+    Args:
+        led: ids of the engines whose blocks this replica knows.
+    """
+    count = len(prefixes)
+    table = _table(f"{count} registered prefix{'es' * (count != 1)}" if title else "")
+    table.add_column("prefix")
+    for column in ("hits", "saved"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("engine", overflow="fold")
+    table.add_column("tokens held", justify="right", no_wrap=True)
+    table.add_column("state")
+    for row in prefixes:
+        own: list[list[RenderableType]] = [
+            [plain(row["name"], "bold"), f"{row['hit_count']:,}", f"{row['saved_token_count']:,}"],
+            [Text(", ".join(_traits(row)), "dim"), "", ""],
+        ]
+        engines = [_on(engine, led) for engine in row["engines"]]
+        for left, right in zip_longest(own, engines):
+            table.add_row(*(left or [""] * 3), *(right or [""] * 3))
+    return table
+
+
+def standing(engine: Row, led: Container[str]) -> tuple[str, str]:
+    """How a registered prefix stands on an engine, and in which style."""
+    held, shared = engine["held_token_count"], engine["shared_token_count"]
+    if 0 < shared <= held and not engine["problem"]:
+        return "warm", "green"
+    if engine["warming"]:
+        return "is being computed", "yellow"
+    if engine["problem"]:
+        return engine["problem"], "red"
+    if engine["engine_id"] not in led:
+        return "another replica leads it", "dim"
+    if not shared:
+        return "is not tokenised yet", "dim"
+    return ("warm in part" if held else "not there"), "dim"
 
 
 def sequences_table(sequences: list[Row]) -> Table:
     """One row per sequence that waits or runs."""
     table = _table(f"{len(sequences)} sequence{'s' * (len(sequences) != 1)}")
-    for name in ("request", "sample", "engine", "state"):
-        table.add_column(name)
-    for name in ("prompt tokens", "cached", "output tokens", "blocks", "priority"):
+    with_priority = any(row["priority"] for row in sequences)
+    table.add_column("request", max_width=_REQUEST_ID_WIDTH)
+    table.add_column("sample", justify="right")
+    table.add_column("engine")
+    table.add_column("state")
+    for name in ("prompt", "cached", "output", "blocks", *["priority"] * with_priority):
         table.add_column(name, justify="right")
     for row in sequences:
         table.add_row(
-            _plain(row["request_id"]),
+            plain(row["request_id"]),
             str(row["sample"]),
-            _plain(row["engine_id"]),
+            plain(row["engine_id"]),
             row["state"],
             f"{row['prompt_token_count']:,}",
             f"{row['cached_token_count']:,}",
             f"{row['output_token_count']:,}",
             f"{row['block_count']:,}",
-            str(row["priority"]),
+            *[str(row["priority"])] * with_priority,
         )
     return table
 
@@ -96,6 +124,55 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "0 %"
 
 
+def ago(seconds: float) -> str:
+    """For example "3 min ago"."""
+    return f"{lasting(seconds)} ago"
+
+
+def lasting(seconds: float) -> str:
+    """For example "3 min"."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def said(sentence: str, *below: RenderableType) -> Group:
+    """What a command did, and what it made of it."""
+    return Group(plain(sentence, "bold"), *below)
+
+
+def _on(engine: Row, led: Container[str]) -> list[RenderableType]:
+    held, shared = engine["held_token_count"], engine["shared_token_count"]
+    known = engine["engine_id"] in led
+    words, style = standing(engine, led)
+    return [
+        plain(engine["engine_id"]),
+        f"{held:,} of {shared:,}" if known else f"? of {shared:,}",
+        plain(words, style),
+    ]
+
+
+def _traits(row: Row) -> list[str]:
+    traits = [row["form"]]
+    traits += ["pinned"] * row["pinned"] + ["from a file"] * row["declared"]
+    return traits
+
+
+def _found_by(row: Row) -> Text:
+    # One that was hit before it was registered has a name by now, and is shared as well.
+    if row["shared"] or row["name"]:
+        return Text("all tenants", "green")
+    return plain(f"tenant {row['tenant']}") if row["tenant"] else Text("no tenant")
+
+
+def _holders(row: Row) -> Text:
+    if not row["holders"]:
+        return Text("nowhere: evicted", "dim")
+    lines = (f"{each['engine_id']} ({each['reference_count']:,})" for each in row["holders"])
+    return plain("\n".join(lines))
+
+
 def _table(title: str) -> Table:
     return Table(
         title=title,
@@ -105,15 +182,3 @@ def _table(title: str) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-
-
-def _plain(text: str) -> Text:
-    """What comes from elsewhere is never taken for markup."""
-    return Text(text, overflow="fold")
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
