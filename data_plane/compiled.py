@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 # Tokens and blocks of two steps that are only looked at: sizes that differ are left open.
 _LOOKED_AT = ((5, 2), (7, 3))
-# Those that are compiled for; an open size must not be 1 there.
-_COMPILED = ((7, 3), (1, 3))
+# Those that are compiled for. Open sizes must not be 1 there, and code for a GPU is tuned to them.
+_COMPILED = ((64, 3), (1, 3))
 # Pieces of code at most: kinds of layers, each for one token and for more.
 _MOST_PIECES = 16
 
