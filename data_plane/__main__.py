@@ -139,6 +139,15 @@ def kv_memory(
     )
 
 
+def compiles_layers(settings: Settings, device: torch.device, group: TensorGroup) -> bool:
+    """Whether layers are to be compiled."""
+    wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
+    if wanted and group.size > 1:
+        log.info("the layers run eagerly: those of several ranks are not compiled")
+        return False
+    return wanted
+
+
 def build_engine(
     settings: Settings, place: Place | None = None, store: Store | None = None
 ) -> Engine:
@@ -165,9 +174,11 @@ def build_engine(
         if not group.agrees(_decisive(settings)):
             raise SettingsError("ranks have different settings")
     log.info("loading %s on %s", settings.model, device)
+    compiled = compiles_layers(settings, device, group)
     model = load_model(
         settings.model,
         dtype=settings.dtype,
+        packed=not compiled,
         load_format=settings.load_format,
         device=device,
         name=settings.served_model_name or None,
@@ -181,7 +192,9 @@ def build_engine(
         scales = whole.of_rank(group.rank, group.size)
         if not group.agrees(int(whole.digest[:14], 16)):
             raise SettingsError("ranks have different kv-scales")
-    model.warm_up(scales)
+    if compiled:
+        model.compile(scales, settings.block_size, partial(shown, what="compiling layers"))
+    model.warm_up(scales, settings.block_size)
     place_of_steps = device_of(device)
     graphed = settings.graphs and place_of_steps.asynchronous
     buckets = default_buckets(settings.max_slots) if graphed else []
@@ -191,6 +204,7 @@ def build_engine(
     engine = Engine(
         model, sizes, kv_scales=scales, buckets=buckets, check=settings.check_invariants
     )
+    engine.warm_up(partial(shown, what="compiling kernels"))
     engine.capture(partial(shown, what="capturing graphs"))
     group.minimum(0)  # Waits for all: the engine is ready when every rank is.
     return engine

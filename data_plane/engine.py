@@ -27,6 +27,7 @@ from data_plane.sampler import Draws, Rows, Scores, collect_scores, draw, score_
 from data_plane.state import Awaited, Moves, ResidentState, StepBatch
 from data_plane.step_runner import StepRunner
 from data_plane.token_table import TokenTable
+from kernels import AttentionBatch
 from protos.engine.v1 import engine_pb2
 
 
@@ -160,6 +161,23 @@ class Engine:
         slots = self.state.resident_slots()
         self.state.release(slots)
         return len(slots)
+
+    def warm_up(
+        self, progress: Callable[[list[AttentionBatch]], Iterable[AttentionBatch]] = iter
+    ) -> None:
+        """Compiles the kernels of every kind of step and move; called once, before `capture`.
+
+        On a CPU there are none. What a step or a move writes here, nobody reads.
+        """
+        if not self.device.asynchronous:
+            return
+        self.runner.warm_up(progress)
+        first, second = np.array([0]), np.array([1])
+        if self.sizes.block_count > 1:
+            self.cache.copy_blocks(first, second)
+        if self.sizes.host_block_count:
+            self.cache.swap_out(first, first)
+            self.cache.swap_in(first, first)
 
     def capture(self, progress: Callable[[list[int]], Iterable[int]] = iter) -> None:
         """Readies the graphs of the buckets; called once, before the first step."""

@@ -66,12 +66,17 @@ class KVCache:
         self.host_slab = host_slab.transpose(0, 1)
         self.bytes_per_block = slab[0].numel() * dtype.itemsize
         # Views are made once: a step takes two a layer.
-        self._keys = [self.slab[layer, :, 0] for layer in range(layer_count)]
-        self._values = [self.slab[layer, :, 1] for layer in range(layer_count)]
+        self._layers: list[Tensor] = list(self.slab)
+        self._keys = [blocks[:, 0] for blocks in self._layers]
+        self._values = [blocks[:, 1] for blocks in self._layers]
         self._key_scales = self._value_scales = None
         if scales is not None:
             self._key_scales = list(scales.keys.to(self.device))
             self._value_scales = list(scales.values.to(self.device))
+
+    def layer(self, layer: int) -> Tensor:
+        """[block_count, 2, Hkv, block_size, D], keys first; a view."""
+        return self._layers[layer]
 
     def keys(self, layer: int) -> Tensor:
         """[block_count, Hkv, block_size, D], a view."""

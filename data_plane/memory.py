@@ -62,7 +62,8 @@ def _step_bytes(
     """Bytes that a pass over so many tokens takes beside weights and cache, logits of all in it."""
     facts, place = model.facts, device.torch_device
     length = min(tokens, facts.max_model_length)
-    blocks = -(-length // block_size)
+    # Layers are not compiled for a cache of one block.
+    blocks = max(-(-length // block_size), 2)
     dtype = cache_dtype(facts.dtype, scales)
     geometry = (facts.local_kv_head_count, block_size, facts.head_size, dtype, place)
     cache = KVCache(facts.layer_count, blocks, 0, *geometry, scales)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 import kernels
+from data_plane.compiled import (
+    CompiledLayers,
+    LayerStep,
+    Progress,
+    layers_of,
+    ran_eagerly,
+    reason_of,
+)
 from data_plane.fingerprint import fingerprint
 from data_plane.kv_cache import KVCache
 from data_plane.kv_scales import KVScales, cache_dtype
@@ -40,6 +49,8 @@ from data_plane.weights import (
 from kernels import AttentionBatch
 
 __all__ = ["Model", "ModelError", "ModelFacts", "load_model"]
+
+log = logging.getLogger(__name__)
 
 PAGED = "quire_paged"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,12 +81,17 @@ class ModelFacts:
 
 
 class Model:
-    """A loaded model. One thread at a time may run it."""
+    """A loaded model. One thread at a time may run it.
+
+    Attributes:
+        compiled: its layers as fused code, after `compile`; None where they run eagerly.
+    """
 
     def __init__(self, module: Any, facts: ModelFacts, device: torch.device) -> None:
         self.facts = facts
         self.device = device
         self._module = module
+        self.compiled: CompiledLayers | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -96,43 +112,91 @@ class Model:
         token_ids, positions: int64 [T]. logit_rows: int64 [R], the tokens whose
         logits are wanted. All on the model's device; the logits come in its dtype.
         """
+        if self.compiled is None:
+            return self._forward(token_ids, positions, _Step(batch, cache), logit_rows)
+        with self.compiled.running(), kernels.present(batch):
+            return self._forward(token_ids, positions, _Step(batch, cache), logit_rows)
+
+    def _forward(
+        self, token_ids: Tensor, positions: Tensor, step: _Step, logit_rows: Tensor
+    ) -> Tensor:
         output = self._module(
             input_ids=token_ids[None],
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=logit_rows,
-            quire_step=_Step(batch, cache),
+            quire_step=step,
         )
         logits: Tensor = output.logits[0]
         return logits
 
-    def warm_up(self, scales: KVScales | None = None) -> None:
+    def compile(
+        self, scales: KVScales | None = None, block_size: int = 16, progress: Progress = iter
+    ) -> None:
+        """From now on run the layers as fused code; where that cannot be, the log says why.
+
+        scales, block_size: those of the KV cache that requests will find, as in `warm_up`.
+        progress: shows how far it is while it yields what it is given.
+        """
+        layers = layers_of(self._module, self.facts.layer_count)
+        if layers is None:
+            log.warning("the layers run eagerly: the model has no list of them")
+            return
+        compiled = CompiledLayers(layers)
+
+        def run(tokens: int, blocks: int) -> None:
+            # What compiled code is called with must not be made in inference mode here either.
+            step = self._small_step(0, tokens, self._small_cache(blocks, scales, block_size))
+            positions = step.batch.slot_mapping
+            with torch.inference_mode(), kernels.present(step.batch):
+                self._forward(torch.zeros_like(positions), positions, step, positions[:1] * 0)
+
+        try:
+            compiled.make(run, progress)
+        except Exception as error:
+            log.warning("the layers run eagerly: they cannot be compiled: %s", reason_of(error))
+            return
+        self.compiled = compiled
+
+    def warm_up(self, scales: KVScales | None = None, block_size: int = 16) -> None:
         """Run a small prefill and decode, so that the first request does not pay for set-up.
 
         scales: those of the KV cache that requests will find, where it is one of fp8.
+        block_size: of that cache.
         """
+        cache = self._small_cache(2, scales, block_size)
+        for start, count in ((0, 8), (8, 1)):
+            step = self._small_step(start, count, cache)
+            positions = step.batch.slot_mapping
+            ids, rows = torch.zeros_like(positions), positions[:1] * 0
+            self.forward(ids, positions, step.batch, cache, rows)
+
+    def _small_cache(self, blocks: int, scales: KVScales | None, block_size: int) -> KVCache:
         facts = self.facts
         dtype = cache_dtype(facts.dtype, scales)
-        geometry = (facts.local_kv_head_count, 16, facts.head_size, dtype, self.device)
-        cache = KVCache(facts.layer_count, 1, 0, *geometry, scales)
-        for start, count in ((0, 8), (8, 1)):
-            positions = torch.arange(start, start + count)
-            batch = AttentionBatch.build(
-                torch.tensor([0, count], dtype=torch.int32),
-                torch.tensor([start + count], dtype=torch.int32),
-                torch.zeros((1, 1), dtype=torch.int32),
-                positions,
-                decode_count=int(count == 1),
-                device=self.device,
-            )
-            positions = positions.to(self.device)
-            self.forward(torch.zeros_like(positions), positions, batch, cache, positions[:1] * 0)
+        geometry = (facts.local_kv_head_count, block_size, facts.head_size, dtype, self.device)
+        return KVCache(facts.layer_count, blocks, 0, *geometry, scales)
+
+    def _small_step(self, start: int, count: int, cache: KVCache) -> _Step:
+        """A step of some tokens of one sequence, in the cache's first blocks."""
+        blocks = -(-(start + count) // cache.block_size)
+        batch = AttentionBatch.build(
+            torch.tensor([0, count], dtype=torch.int32),
+            torch.tensor([start + count], dtype=torch.int32),
+            # A cache that is too small for it is written over and over: nobody reads the result.
+            (torch.arange(blocks, dtype=torch.int32) % cache.block_count)[None],
+            torch.arange(start, start + count) % (cache.block_count * cache.block_size),
+            decode_count=int(count == 1),
+            device=self.device,
+        )
+        return _Step(batch, cache)
 
 
 def load_model(
     path: Path,
     *,
     dtype: str = "auto",
+    packed: bool = True,
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     device: torch.device | str = "cpu",
     name: str | None = None,
@@ -144,7 +208,8 @@ def load_model(
     load_format: safetensors, or dummy, which needs no weights and makes the same
     ones each time. name: defaults to the directory's. group: the ranks that share
     the model; each calls this with its own group, warm_up and forward alike, in
-    lock-step. Raises ModelError with the reason where the model cannot be served.
+    lock-step. packed: on a CPU, lay weights out for its products, which cannot be compiled.
+    Raises ModelError with the reason where the model cannot be served.
     No code of the checkpoint is ever run.
     """
     path, device = Path(path), torch.device(device)
@@ -159,7 +224,7 @@ def load_model(
         # With a padding token, some models look for it in the input of every step. Some
         # configs check what is set, so set it unseen.
         vars(module.config.get_text_config())["pad_token_id"] = None
-        if device.type == "cpu":
+        if device.type == "cpu" and packed:
             pack_linears(module)
         contents = fingerprint(path, module.dtype, dummy=dummy)
     if not group.agrees(int(contents[:15], 16)):
@@ -202,15 +267,33 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    quire_step: _Step,
+    quire_step: _Step | LayerStep,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention: query [1, H, T, D], key and value [1, Hkv, T, D]."""
-    batch, cache, layer = quire_step.batch, quire_step.cache, module.layer_idx
     sinks = getattr(module, "sinks", None) if s_aux is None else s_aux
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = window_of(module, kwargs)
+    if isinstance(quire_step, LayerStep):
+        if not torch.compiler.is_compiling():
+            ran_eagerly()
+        result = kernels.layer_attention(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            quire_step.blocks,
+            scale=scale,
+            sliding_window=window,
+            softcap=softcap,
+            sinks=sinks,
+            key_scales=quire_step.key_scales,
+            value_scales=quire_step.value_scales,
+        )
+        return result[None], None
+    batch, cache, layer = quire_step.batch, quire_step.cache, module.layer_idx
     keys, values = cache.keys(layer), cache.values(layer)
     key_scales, value_scales = cache.key_scales(layer), cache.value_scales(layer)
     kernels.write_cache(
@@ -227,8 +310,8 @@ def _attend(
         keys,
         values,
         batch,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=window_of(module, kwargs),
+        scale=scale,
+        sliding_window=window,
         softcap=softcap,
         sinks=sinks,
         key_scales=key_scales,

@@ -69,6 +69,9 @@ class Settings(BaseSettings):
         0.9, gt=0, le=1, description="of a GPU's memory, what is used in all if kv-memory-mib is 0"
     )
     graphs: bool = Field(True, description="run decode steps as CUDA graphs, on a GPU")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="run layers as fused code, compiled at start; auto: on a GPU"
+    )
     blocks: int = Field(
         0, ge=0, description="blocks in the pool; 0: as many as kv-memory-mib holds"
     )

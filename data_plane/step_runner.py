@@ -19,7 +19,7 @@ from data_plane.device import Device
 from data_plane.kv_cache import KVCache
 from data_plane.model import Model
 from data_plane.state import StepBatch
-from kernels import AttentionBatch
+from kernels import AttentionBatch, steps_of_all_kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,19 @@ class StepRunner:
         self.padding_rows = self.unpadded_steps = 0
         # Logits of whatever bucket runs: each graph would keep its own.
         self._logits: Tensor | None = None
+
+    def warm_up(
+        self, progress: Callable[[list[AttentionBatch]], Iterable[AttentionBatch]] = iter
+    ) -> None:
+        """Runs a step of each kind that has kernels of its own, so that later none compiles them.
+
+        Args:
+            progress: shows how far it is while it yields what it is given.
+        """
+        slots, size = len(self._tokens), self._cache.block_size
+        for batch in progress(steps_of_all_kinds(slots, size, self._device.torch_device)):
+            zeros = torch.zeros_like(batch.slot_mapping)
+            self._model.forward(zeros, zeros, batch, self._cache, zeros[:1])
 
     def capture(self, progress: Callable[[list[int]], Iterable[int]] = iter) -> None:
         """Readies every bucket, the largest first, because graphs share its memory.

@@ -10,13 +10,24 @@ version, so it must never carry a version attribute.
 
 from kernels.batch import AttentionBatch, upload
 from kernels.checks import serves_head_size
-from kernels.ops import copy_blocks, paged_attention, swap_blocks, write_cache
+from kernels.ops import (
+    copy_blocks,
+    layer_attention,
+    paged_attention,
+    present,
+    swap_blocks,
+    write_cache,
+)
+from kernels.warming import steps_of_all_kinds
 
 __all__ = [
     "AttentionBatch",
     "copy_blocks",
+    "layer_attention",
     "paged_attention",
+    "present",
     "serves_head_size",
+    "steps_of_all_kinds",
     "swap_blocks",
     "upload",
     "write_cache",

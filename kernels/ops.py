@@ -8,8 +8,9 @@ it: an engine on a CPU runs without.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -99,6 +100,47 @@ def write_cache(
     )
 
 
+def layer_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
+    """`write_cache` and then `paged_attention`, of the present batch: for code that is compiled.
+
+    blocks: [N, 2, Hkv, block_size, D], keys first; written to. The others as in those two. The
+    batch is that of `present` on this thread and no argument, because its columns are as many
+    and as long as a step makes them, and compiled code would be compiled for each.
+    """
+    options = (scale, sliding_window, softcap, sinks, key_scales, value_scales)
+    result: Tensor = torch.ops.quire.layer_attention(query, key, value, blocks, *options)
+    return result
+
+
+class _Present(threading.local):
+    batch: AttentionBatch | None = None
+
+
+_present = _Present()
+
+
+@contextmanager
+def present(batch: AttentionBatch) -> Iterator[None]:
+    """While this is open, `layer_attention` on this thread is that of the batch."""
+    before, _present.batch = _present.batch, batch
+    try:
+        yield
+    finally:
+        _present.batch = before
+
+
 def copy_blocks(slab: Tensor, sources: Tensor, destinations: Tensor) -> None:
     """Copy blocks within a slab [layer, block, ...], all layers in one launch.
 
@@ -136,9 +178,14 @@ def swap_blocks(
 _LIBRARY = torch.library.Library("quire", "DEF")
 _LIBRARY.define(
     "paged_attention(Tensor query, Tensor key_blocks, Tensor value_blocks, Tensor query_starts, "
-    "Tensor context_lengths, Tensor block_tables, int decode_count, Tensor[] work, int[] cut, "
-    "float scale, int? sliding_window, float? softcap, Tensor? sinks, Tensor? alibi_slopes, "
-    "Tensor? key_scales, Tensor? value_scales) -> Tensor"
+    "Tensor context_lengths, Tensor block_tables, SymInt decode_count, Tensor[] work, "
+    "SymInt[] cut, float scale, int? sliding_window, float? softcap, Tensor? sinks, "
+    "Tensor? alibi_slopes, Tensor? key_scales, Tensor? value_scales) -> Tensor"
+)
+_LIBRARY.define(
+    "layer_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) blocks, float scale, "
+    "int? sliding_window, float? softcap, Tensor? sinks, Tensor? key_scales, "
+    "Tensor? value_scales) -> Tensor"
 )
 _LIBRARY.define(
     "write_cache(Tensor key, Tensor value, Tensor(a!) key_blocks, Tensor(b!) value_blocks, "
@@ -201,6 +248,37 @@ def _attention_cuda(
         )
 
 
+def _layer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
+    batch = _present.batch
+    if batch is None:
+        raise RuntimeError("layer_attention has no present batch")
+    keys, values = blocks[:, 0], blocks[:, 1]
+    scales = {"key_scales": key_scales, "value_scales": value_scales}
+    write_cache(key, value, keys, values, batch, **scales)
+    return paged_attention(
+        query,
+        keys,
+        values,
+        batch,
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        **scales,
+    )
+
+
 def _attention_fake(query: Tensor, *arguments: object) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
@@ -256,6 +334,7 @@ def _nothing(*arguments: object) -> None:
 
 for _name, _cpu, _cuda, _fake in (
     ("paged_attention", _attention_cpu, _attention_cuda, _attention_fake),
+    ("layer_attention", _layer, _layer, _attention_fake),
     ("write_cache", _write_cpu, _write_cuda, _nothing),
     ("copy_blocks", _copy_cpu, _copy_cuda, _nothing),
     ("swap_blocks", torch_cache.swap_blocks, _swap_cuda, _nothing),

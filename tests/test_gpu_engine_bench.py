@@ -14,6 +14,7 @@ from benchmarks.gpu import cases, device, engine_checks, engine_report, rates, r
 from benchmarks.gpu.chains import Planner, Session, furnish, run
 from benchmarks.gpu.device import Device, find_device
 from benchmarks.gpu.models import SHAPES, Loaded, Models
+from data_plane import compiled
 from data_plane.engine import Engine, EngineSizes
 
 SIZES = EngineSizes(
@@ -292,6 +293,21 @@ def test_tokens_that_differ_are_a_failure(
     assert "graphs" in figures["failed"] and figures["different"]["eager"] > 0
 
 
+def test_fused_layers_are_those_of_the_fused_cells(
+    models: Models, tiny: Loaded, cpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled once, and left out where a cell does not ask for them."""
+    monkeypatch.setattr(compiled, "code_of", lambda graph, inputs: graph.forward)
+    monkeypatch.setattr(tiny.model, "compiled", None)
+    for fused in (True, False, True):
+        with tiny.layers(fused=fused):
+            assert tiny.model.compiled is not None
+            assert tiny.model.compiled.eager != fused
+            steps.step(cases.Step("tiny-llama", 2, 20, fused=fused), tiny, cpu)
+    assert tiny.model.compiled.pieces == 2 and tiny.model.compiled.missed == 0
+    models.drop()
+
+
 # The tables.
 
 
@@ -308,7 +324,13 @@ def lines() -> dict[str, Any]:
             "kv_bytes": 4e9,
         },
         cases.Step("llama-8b", 64, 512, eager=True): {"failed": "OutOfMemoryError: none left"},
+        cases.Step("llama-8b", 64, 512, fused=True): {
+            "us": 4800.0,
+            "weight_bytes": 14_000_000_000,
+            "kv_bytes": 4e9,
+        },
         cases.Kernels("llama-8b", 64, 512): {"us": 4925.0, "copies_us": 9.0, "calls": 1500.0},
+        cases.Kernels("llama-8b", 64, 512, fused=True): {"us": 4704.0, "calls": 420.0},
         cases.Rate("llama-8b", 8): {
             "us": 1e6,
             "tokens": 256,
@@ -360,8 +382,8 @@ def test_tables_of_the_engine(lines: dict[str, Any]) -> None:
     tables = engine_report.tables(lines, cases.measured(False))
     first, second, *_ = _rows(tables["steps"])
     assert first[:5] == ["llama-8b", "64", "512", "5000 (4990 to 5050)", "failed"]
-    assert first[5:] == ["4500", "90%", "4925", "1500", "1.5%", "–", "900"]
-    assert second[3:] == [report.NOTHING] * 9
+    assert first[5:] == ["4500", "90%", "4925", "1500", "1.5%", "–", "900", "4800", "420", "2.0%"]
+    assert second[3:] == [report.NOTHING] * 12
     rates_of_8 = next(row for row in _rows(tables["rates"]) if row[1] == "8")
     assert rates_of_8 == ["llama-8b", "8", "256", "128", "–", "2.00"]
     blocks = {row[1]: row for row in _rows(tables["preemption"])}

@@ -215,6 +215,26 @@ def test_the_largest_bucket_holds_every_slot_up_to_256() -> None:
         assert buckets == sorted(set(buckets)) and buckets[-1] == min(slots, 256)
 
 
+def test_what_warms_an_engine_up_leaves_nothing_behind(model: Model, alone: Pair) -> None:
+    """On a GPU it runs a step and a move of each kind."""
+    pair = Pair(model, depth=1)
+    steps: list[int] = []
+
+    def seen(batches: list[AttentionBatch]) -> Iterator[AttentionBatch]:
+        for batch in batches:
+            steps.append(len(batch.slot_mapping))
+            yield batch
+
+    pair.engine.warm_up(seen)
+    assert not steps
+    pair.engine.device.asynchronous = True
+    pair.engine.warm_up(seen)
+    pair.engine.device.asynchronous = False
+    assert max(steps) == 256 and 1 in steps
+    submit_all_kinds(pair)
+    assert pair.run().output == alone.output and not pair.faults
+
+
 # Nothing waits for the device.
 
 # The modules that handle tensors between a plan and its result.

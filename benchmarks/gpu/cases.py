@@ -173,12 +173,16 @@ class EngineCheck(EngineCell):
 
 @dataclass(frozen=True)
 class Step(EngineCell):
-    """A chain of decode steps. context: mean tokens of a sequence. eager: without graphs."""
+    """A chain of decode steps.
+
+    context: mean tokens of a sequence. eager: without graphs. fused: with compiled layers.
+    """
 
     section: ClassVar[str] = "step"
     batch: int
     context: int
     eager: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ class Kernels(EngineCell):
     section: ClassVar[str] = "kernels"
     batch: int
     context: int
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -368,17 +373,22 @@ _OPT_STEPS = ((64, 512), (256, 256), (1, 512), (8, 512), (64, 1536))
 
 
 def _engine() -> list[Cell]:
-    """One model after the other; the profiler comes last, when all that is timed has been."""
+    """One model after the other; the profiler comes last, when all that is timed has been.
+
+    Layers are compiled after all that is measured without that.
+    """
     return [
         *_steps(LLAMA, _LLAMA_STEPS, eager=4),
         EngineCheck(LLAMA, "memory"),
         *(Rate(LLAMA, batch) for batch in (1, 8, 64, 256)),
         *(Preempt(LLAMA, block) for block in (8, 16, 32)),
+        *(Step(LLAMA, *shape, fused=True) for shape in _LLAMA_STEPS[:4]),
         *_steps(OPT, _OPT_STEPS, eager=2),
         *(Rate(OPT, batch) for batch in (1, 64, 256)),
         Fit(OPT),
         *(Kernels(OPT, *shape) for shape in _OPT_STEPS[:2]),
         *(Kernels(LLAMA, *shape) for shape in _LLAMA_STEPS[:5]),
+        *(Kernels(LLAMA, *shape, fused=True) for shape in _LLAMA_STEPS[:4]),
     ]
 
 

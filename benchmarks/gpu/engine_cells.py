@@ -28,9 +28,11 @@ class EngineCells:
         if isinstance(cell, cases.EngineCheck):
             return engine_checks.run(cell, loaded, device)
         if isinstance(cell, cases.Step):
-            return steps.step(cell, loaded, device)
+            with loaded.layers(fused=cell.fused):
+                return steps.step(cell, loaded, device)
         if isinstance(cell, cases.Kernels):
-            return steps.kernels(cell, loaded, device)
+            with loaded.layers(fused=cell.fused):
+                return steps.kernels(cell, loaded, device)
         if isinstance(cell, cases.Rate):
             return rates.rate(cell, loaded, device, without, say)
         if isinstance(cell, cases.Preempt):

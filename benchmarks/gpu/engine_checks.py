@@ -73,6 +73,7 @@ def _generate(module: Any, prompt: list[int], count: int, device: Device) -> lis
 def _memory(loaded: Loaded, device: Device) -> dict[str, Any]:
     """Steps of all kinds take no memory from the driver, once each kind has been seen."""
     engine = Engine(loaded.model, _sizes(loaded, 512), buckets=default_buckets(SLOTS))
+    engine.warm_up()
     engine.capture()
     counters = [device.memory_counters()]
     steps = []

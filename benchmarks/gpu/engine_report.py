@@ -50,7 +50,10 @@ def _kernels(cell: cases.Kernels, figures: Figures, lines: Lines) -> Line:
     """What of a step its kernels leave, by how long it takes with graphs and without."""
     bubbles = {}
     for name, eager in (("bubble", False), ("bubble_eager", True)):
-        step = lines.get(cases.Step(cell.model, cell.batch, cell.context, eager).key, {})
+        if eager and cell.fused:
+            continue
+        shape = cell.model, cell.batch, cell.context
+        step = lines.get(cases.Step(*shape, eager, cell.fused).key, {})
         if "us" in step:
             bubbles[name] = 1 - figures["us"] / step["us"]
     return bubbles
@@ -103,16 +106,25 @@ def _promises(lines: Lines, cells: Sequence[Any]) -> str:
 
 
 def _steps(lines: Lines, cells: Sequence[Any]) -> str:
-    """One row for the cells with and without graphs and that of the kernels."""
+    """One row for the cells with and without graphs, with fused layers, and of the kernels."""
     header = ("model", "batch", "context", "µs with graphs (10th to 90th percentile)", "eager")
     more = ("floor", "of it (aim 85%)", "kernels", "of them", "bubble (aim 2%)", "bubble eager")
+    last = ("launching", "µs with graphs, fused layers", "kernels, fused", "bubble, fused")
     rows = []
     for cell in _of(cells, cases.Step):
-        if cell.eager:
+        if cell.eager or cell.fused:
             continue
-        others = replace(cell, eager=True), cases.Kernels(cell.model, cell.batch, cell.context)
+        apart = cases.Kernels(cell.model, cell.batch, cell.context)
+        others = (
+            replace(cell, eager=True),
+            apart,
+            replace(cell, fused=True),
+            replace(apart, fused=True),
+        )
         graphs = lines.get(cell.key)
-        eager, kernels = (lines.get(other.key, _absent(other, cells)) for other in others)
+        eager, kernels, fused, fewer = (
+            lines.get(other.key, _absent(other, cells)) for other in others
+        )
         rows.append(
             [
                 cell.model,
@@ -127,9 +139,12 @@ def _steps(lines: Lines, cells: Sequence[Any]) -> str:
                 _text("{bubble:.1%}", kernels),
                 _text("{bubble_eager:.1%}", kernels),
                 _text("{launch_us:.4g}", graphs),
+                _text("{us:.5g}", fused),
+                _text("{calls:.0f}", fewer),
+                _text("{bubble:.1%}", fewer),
             ]
         )
-    return table((*header, *more, "launching"), rows)
+    return table((*header, *more, *last), rows)
 
 
 def _rates(lines: Lines, cells: Sequence[Any]) -> str:

@@ -94,6 +94,21 @@ class Loaded:
         return self.model._module
 
     @contextmanager
+    def layers(self, *, fused: bool) -> Iterator[None]:
+        """While this is open, layers run as fused code, compiled when first asked for, or not.
+
+        Raises RuntimeError where they cannot be compiled.
+        """
+        model = self.model
+        if fused and model.compiled is None:
+            model.compile()
+            if model.compiled is None:
+                raise RuntimeError("the layers cannot be compiled; the log says why")
+        if model.compiled is not None:
+            model.compiled.eager = not fused
+        yield
+
+    @contextmanager
     def as_transformers_has_it(self) -> Iterator[Any]:
         """The module with torch's fused attention on contiguous caches, for transformers' own."""
         self.module.set_attn_implementation("sdpa")
