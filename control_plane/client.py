@@ -33,6 +33,8 @@ DEFAULT_ADDRESS = "127.0.0.1:7401"
 # Seconds before the first new attempt; each further wait is twice as long, up to the longest.
 FIRST_WAIT = 0.05
 LONGEST_WAIT = 1.0
+# A server that stops, or what stands before it, cancels the calls that are left; nobody here has.
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _WHY_SECONDS = 1.0
 
 # Plain text, token ids, or a chat: [{"role": "user", "content": "..."}].
@@ -336,7 +338,7 @@ class _Patience:
         now = time.monotonic()
         if self._failing_since is None:
             self._failing_since = now
-        if error.code is grpc.StatusCode.UNAVAILABLE:
+        if error.code in _AWAY:
             # Spread, so that the clients of a dead replica do not come back all at once.
             wait = self._next_wait * random.uniform(0.5, 1.0)  # noqa: S311
             self._next_wait = min(2 * self._next_wait, LONGEST_WAIT)

@@ -60,7 +60,7 @@ class Replica:
         self.store = RegisteredStore(self.index.redis, settings.index_namespace, self.registered)
         self.router.lookups.listeners.append(self.store.note)
         self.keeper = PrefixKeeper(self.registered, self.router.leaders, self.generations)
-        self.relay = Relay(self.router, settings.tls)
+        self.relay = Relay(self.router, settings.peer_tls)
         self.frontend = frontend.Frontend(
             self.router,
             self.generations,
@@ -158,7 +158,9 @@ class Replica:
             await healths[0].set(frontend.SERVICE, status)
             # Relayed calls are taken for as long as an engine is led.
             await healths[0].set(LEADS, answers.SERVING if leads else answers.NOT_SERVING)
-            await healths[1].set("", answers.SERVING)
+            # By its name also where the inference API's health is asked for: the process runs.
+            for servicer, service in ((healths[0], admin.SERVICE), (healths[1], "")):
+                await servicer.set(service, answers.SERVING)
             await asyncio.sleep(0.1)
 
     async def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -44,6 +45,9 @@ class Settings(BaseSettings):
     )
     vllm_metrics: bool = Field(False, description="serve metrics under vLLM's names, too")
     advertise: str = Field("", description="host:port told to other replicas; empty: listen")
+    peer_name: str = Field(
+        "", description="name in other replicas' certificates; empty: that of their address"
+    )
     redis_url: str = Field(
         "redis://127.0.0.1:6379",
         description="of the prefix index; serving goes on without it",
@@ -99,6 +103,11 @@ class Settings(BaseSettings):
     @property
     def tls(self) -> wire.Tls | None:
         return wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
+
+    @property
+    def peer_tls(self) -> wire.Tls | None:
+        """Towards other replicas, which may be told of by an address that no certificate has."""
+        return None if self.tls is None else replace(self.tls, peer_name=self.peer_name)
 
     @property
     def listen_tls(self) -> wire.Tls | None:

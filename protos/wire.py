@@ -48,11 +48,14 @@ SERVER_OPTIONS = [
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """PEM files of one process.
+    """PEM files of one process, and whom it takes for its peer.
 
     A server needs a certificate with its key; with `ca`, its peers must present one that it signed.
     A client needs none of them: it checks its server's certificate by `ca`, or by gRPC's own list
     of authorities, and presents one of its own if it has one.
+
+    Attributes:
+        peer_name: that a client demands of its server's certificate; empty: the address's.
 
     Raises:
         ValueError: a certificate without its key, or the other way round.
@@ -61,6 +64,7 @@ class Tls:
     certificate: Path | None = None
     key: Path | None = None
     ca: Path | None = None
+    peer_name: str = ""
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
@@ -130,7 +134,10 @@ def channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
     credentials = grpc.ssl_channel_credentials(
         *(file.read_bytes() if file else None for file in (tls.ca, tls.key, tls.certificate))
     )
-    return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+    options = list(CHANNEL_OPTIONS)
+    if tls.peer_name:
+        options.append(("grpc.ssl_target_name_override", tls.peer_name))
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:

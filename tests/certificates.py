@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -27,19 +28,26 @@ class Authority:
         self.ca = directory / f"{name}.pem"
         self.ca.write_bytes(_pem(builder.sign(self._key, hashes.SHA256())))
 
-    def issue(self, name: str, *others: str, expired: bool = False) -> Tls:
+    def issue(
+        self,
+        name: str,
+        *others: str,
+        addresses: Sequence[str] = ("127.0.0.1",),
+        expired: bool = False,
+    ) -> Tls:
         """Makes a certificate that is good for both sides of a connection.
 
         Args:
             name: the common name, and that of the files.
-            others: subject alternative names beside 127.0.0.1; those with a colon are URIs.
+            others: subject alternative names beside addresses; those with a colon are URIs.
+            addresses: IP addresses among them.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         names: list[x509.GeneralName] = [
             x509.UniformResourceIdentifier(other) if ":" in other else x509.DNSName(other)
             for other in others
         ]
-        names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
+        names += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
         age = datetime.timedelta(hours=2 if expired else 0)
         builder = _builder(_name(name), self._name, key, age).add_extension(
             x509.SubjectAlternativeName(names), critical=False

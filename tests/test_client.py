@@ -217,6 +217,8 @@ def against(service: Scripted, call: Callable[[Client], Any], retry_seconds: flo
 ACCEPTED = pb.GenerateResponse(accepted=pb.Accepted(request_id="r"))
 USAGE = pb.GenerateResponse(usage=pb.Usage())
 GONE = wire.RpcError(grpc.StatusCode.UNAVAILABLE, "gone")
+# What a call is ended with that a server has not answered when it stops.
+CUT = wire.RpcError(grpc.StatusCode.CANCELLED, "CANCELLED")
 
 
 def delta(sample: int, *token_ids: int, prompt: tuple[int, ...] = ()) -> pb.GenerateResponse:
@@ -234,7 +236,7 @@ def test_each_stream_asks_for_what_is_missing() -> None:
     service = Scripted(
         [GONE],
         [ACCEPTED, delta(0, 65, prompt=(1, 2)), delta(1, 66, 67), finished(1), GONE],
-        [ACCEPTED, delta(0, prompt=(1,)), GONE],
+        [ACCEPTED, delta(0, prompt=(1,)), CUT],
         [ACCEPTED, delta(0, 68, prompt=(1, 2, 3)), finished(0), finished(1), USAGE],
     )
     collected = against(service, lambda client: collect(client.generate("x", sample_count=2)))

@@ -1,0 +1,28 @@
+{{/* Pods of the release as peers of a policy. Takes a list: root, components. */}}
+{{- define "quire.peers" -}}
+{{- range rest . }}
+- podSelector:
+    matchLabels:
+      {{- include "quire.selector" (list (first $) .) | nindent 6 }}
+{{- end }}
+{{- end -}}
+
+{{/* Who may see health and metrics. Takes a dict: values, health, metrics. */}}
+{{- define "quire.observers" -}}
+- ports: [{port: {{ .health }}}]
+  {{- with .values.healthFrom }}
+  from:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- with .values.metricsFrom }}
+- from:
+    {{- toYaml . | nindent 4 }}
+  ports: [{port: {{ $.metrics }}}]
+{{- end }}
+{{- end -}}
+
+{{- define "quire.dns" -}}
+- to:
+    {{- toYaml .dnsTo | nindent 4 }}
+  ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
+{{- end -}}

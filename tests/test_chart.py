@@ -1,0 +1,710 @@
+"""The chart as Helm renders it: valid manifests, refused values, security, who may reach whom."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import helm_python as helm
+import kubernetes_validate
+import pytest
+import yaml
+from kubernetes_validate import utils
+
+from control_plane.settings import Settings as ControlSettings
+from data_plane.settings import Settings as DataSettings
+from helm.generate import OF_THE_CHART, SETTINGS, readme, schema
+from tests.api_server import api_server
+from tests.chart import CHART, NAME, NAMESPACE, ROOT, Manifest, Rendered, chart, render, values_file
+from tests.test_docs import section
+
+LAPTOP, H200 = values_file("values-laptop.yaml"), values_file("values-h200.yaml")
+SECRETS = {"controlPlane": "a", "dataPlane": "b", "client": "c"}
+# Peers of policies, by what tests call those behind them.
+PEERS: dict[str, Any] = {
+    name: [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}]
+    for name in ("operators", "monitoring")
+}
+EXTERNAL_REDIS = {
+    "redis": {"enabled": False},
+    "externalRedis": {
+        "url": "rediss://redis.example:6380/1",
+        "existingSecret": "redis-user",
+        "caSecret": "redis-ca",
+    },
+}
+MONITORED = {
+    "monitoring": {"monitors": True, "rules": True, "dashboard": True},
+    "networkPolicy": {"metricsFrom": PEERS["monitoring"]},
+}
+# Every feature by itself, so that each one's templates are rendered both ways.
+CASES: dict[str, Mapping[str, Any]] = {
+    "defaults": {},
+    "laptop": LAPTOP,
+    "h200": H200,
+    "autoscaling": {"controlPlane": {"autoscaling": {"enabled": True}}},
+    "load balancer": {
+        "controlPlane": {"service": {"type": "LoadBalancer", "annotations": {"a.example/b": "c"}}}
+    },
+    "no budgets": {
+        plane: {"podDisruptionBudget": {"enabled": False}}
+        for plane in ("controlPlane", "dataPlane")
+    },
+    "tensor parallel": {"dataPlane": {"tensorParallel": 8, "replicas": 3, "swapMemoryMib": 4096}},
+    "existing claim": {"dataPlane": {"model": {"existingClaim": "models", "path": "llama/8b"}}},
+    "made claim": {
+        "dataPlane": {
+            "model": {
+                "claim": {
+                    "create": True,
+                    "storageClassName": "fast",
+                    "dataSourceRef": {
+                        "apiGroup": "snapshot.storage.k8s.io",
+                        "kind": "VolumeSnapshot",
+                        "name": "llama",
+                    },
+                }
+            }
+        }
+    },
+    "external redis": EXTERNAL_REDIS,
+    "access": {
+        "access": {"existingSecret": "callers", "anonymousRoles": [], "testSecret": "tester"}
+    },
+    "prefixes": {"prefixes": {"guide": {"text": "Be short.\n", "form": "plain", "pinned": True}}},
+    "tls of secrets": {"tls": {"enabled": True, "existingSecrets": SECRETS}},
+    "tls of cert-manager": {
+        "tls": {
+            "enabled": True,
+            "certManager": {
+                "enabled": True,
+                "issuerRef": {"name": "company", "kind": "ClusterIssuer"},
+                "extraNames": ["quire.example"],
+            },
+        }
+    },
+    "no policies": {"networkPolicy": {"enabled": False}},
+    "all policies": {
+        "networkPolicy": {
+            "operatorsFrom": PEERS["operators"],
+            "metricsFrom": PEERS["monitoring"],
+            "healthFrom": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}],
+        }
+    },
+    "monitoring": MONITORED,
+    "platform's users": {
+        "securityContext": {"runAsUser": None, "fsGroup": None},
+        "redis": {"runAsUser": None},
+    },
+    "placement": {
+        plane: {
+            "nodeSelector": {"disk": "ssd"},
+            "tolerations": [{"key": "a", "operator": "Equal", "value": "b"}],
+            "affinity": {"podAntiAffinity": {}},
+            "podAnnotations": {"note": "x"},
+        }
+        for plane in ("controlPlane", "dataPlane", "redis")
+    },
+    "names": {
+        "fullnameOverride": "q",
+        "serviceAccount": {"create": False, "name": "own"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "commonLabels": {"team": "serving"},
+        "controlPlane": {"image": {"repository": "r.example/q", "digest": f"sha256:{'0' * 64}"}},
+    },
+}  # fmt: skip
+# Kinds of other projects, without schemas here: their groups, and what they must have.
+CUSTOM = {
+    "Issuer": ("cert-manager.io/v1", set()),
+    "Certificate": ("cert-manager.io/v1", {"secretName", "issuerRef"}),
+    "ServiceMonitor": ("monitoring.coreos.com/v1", {"selector", "endpoints"}),
+    "PodMonitor": ("monitoring.coreos.com/v1", {"selector", "podMetricsEndpoints"}),
+    "PrometheusRule": ("monitoring.coreos.com/v1", {"groups"}),
+}
+# The first that the chart allows, and the last five.
+VERSIONS = ["1.30", *dict.fromkeys(map(utils.major_minor, utils.all_versions()[-10:]))]
+
+
+@functools.cache
+def case(name: str) -> Rendered:
+    return render(CASES[name])
+
+
+def every_case(test: Any) -> Any:
+    return pytest.mark.parametrize("name", CASES)(test)
+
+
+# What Helm and Kubernetes take.
+
+
+@every_case
+def test_helm_finds_nothing_to_complain_about(name: str) -> None:
+    report = helm.lint(CHART, dict(CASES[name]), strict=True)
+    assert not report["errors"]
+    assert {each["error"] for each in report["messages"]} <= {"icon is recommended"}
+
+
+@every_case
+def test_manifests_are_valid_for_every_version(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert VERSIONS[-1] >= "1.37" and len(VERSIONS) == 6
+    monkeypatch.setattr(utils, "schema_contents", SCHEMAS)
+    for manifest, version in itertools.product(case(name).objects, VERSIONS):
+        if manifest["kind"] in CUSTOM:
+            group, needed = CUSTOM[manifest["kind"]]
+            assert manifest["apiVersion"] == group
+            assert needed <= manifest["spec"].keys()
+        else:
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+SCHEMAS = functools.cache(utils.schema_contents)
+
+
+@every_case
+def test_objects_belong_to_the_release(name: str) -> None:
+    rendered = case(name)
+    keys = [(each["kind"], each["metadata"]["name"]) for each in rendered.objects]
+    assert len(set(keys)) == len(keys)
+    for manifest in rendered.objects:
+        metadata = manifest["metadata"]
+        assert metadata["namespace"] == NAMESPACE
+        assert metadata["labels"]["app.kubernetes.io/instance"] == NAME
+        assert metadata["labels"]["app.kubernetes.io/managed-by"] == "Helm"
+    for pod, manifest in rendered.pods():
+        volumes = {each["name"] for each in manifest["spec"]["volumes"]}
+        for container in manifest["spec"]["containers"]:
+            assert {each["name"] for each in container["volumeMounts"]} == volumes, pod
+
+
+def test_long_names_stay_within_what_kubernetes_takes() -> None:
+    for manifest in render(CASES["monitoring"], name="r" * 53).objects:
+        # A StatefulSet's pods get its name, a hash and their number in a label.
+        assert len(manifest["metadata"]["name"]) <= (
+            52 if manifest["kind"] == "StatefulSet" else 63
+        )
+
+
+@every_case
+def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> None:
+    rendered = case(name)
+    prefix = "q" if name == "names" else NAME
+    for plane, settings in (("control-plane", ControlSettings), ("data-plane", DataSettings)):
+        data = rendered.get("ConfigMap", f"{prefix}-{plane}")["data"]
+        given = yaml.safe_load(data["settings.yaml"])
+        if "access" in given:
+            given["access"] = str(tmp_path / "access.yaml")
+            (tmp_path / "access.yaml").write_text("callers: []\n")
+        settings(**given)
+
+
+# What is refused, and how.
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"controlPlane": {"replicas": "two"}}, "at '/controlPlane/replicas': got string"),
+        ({"dataPlane": {"replicas": 0}}, "minimum: got 0, want 1"),
+        ({"dataplane": {}}, "additional properties 'dataplane' not allowed"),
+        ({"dataPlane": {"image": {"tags": "1"}}}, "additional properties 'tags' not allowed"),
+        ({"controlPlane": {"settings": {"listen": "x"}}}, "'listen' not allowed"),
+        ({"dataPlane": {"settings": {"block_size": 1000}}}, "got 1,000, want 256"),
+        ({"dataPlane": {"settings": {"dtype": "int3"}}}, "value must be one of"),
+        ({"dataPlane": {"model": {"path": "../etc"}}}, "does not match pattern"),
+        ({"redis": {"password": "short"}}, "does not match pattern"),
+        ({"access": {"anonymousRoles": ["admin"]}}, "value must be one of"),
+        ({"prefixes": {"guide": {"form": "system"}}}, "missing property 'text'"),
+        ({"networkPolicy": {"clientsFrom": [{}]}}, "minProperties"),
+        ({"externalRedis": {"url": "http://x"}}, "does not match pattern"),
+        # What each value may be, and not both together.
+        ({"redis": {"enabled": False}}, "There is no Redis for the prefix index"),
+        ({"externalRedis": {"url": "redis://x"}}, "redis.enabled and externalRedis.url are both"),
+        (
+            {"redis": {"enabled": False}, "externalRedis": {"url": "redis://a:b@x"}},
+            "externalRedis.url must not hold credentials",
+        ),
+        (
+            {"redis": {"enabled": False}, "externalRedis": {"url": "redis://x", "caSecret": "y"}},
+            "of use with a rediss:// URL only",
+        ),
+        ({"tls": {"enabled": True}}, "tls.enabled needs certificates"),
+        ({"tls": {"certManager": {"enabled": True}}}, "tls.enabled is off"),
+        (
+            {"tls": CASES["tls of secrets"]["tls"] | {"certManager": {"enabled": True}}},
+            "certificates come from one of them",
+        ),
+        ({"dataPlane": {"model": {"path": "a"}}}, "dataPlane.model.path is in no volume"),
+        (
+            {"dataPlane": {"model": {"existingClaim": "a", "claim": {"create": True}}}},
+            "the model is in one of them",
+        ),
+        ({"dataPlane": {"model": {"claim": {"create": True}}}}, "makes an empty volume"),
+        (
+            {"controlPlane": {"autoscaling": {"enabled": True, "maxReplicas": 1}}},
+            "minReplicas is above maxReplicas",
+        ),
+        ({"dataPlane": {"settings": {"max_slots": 4096}}}, "max_step_tokens is below max_slots"),
+        ({"access": {"anonymousRoles": []}}, "Nobody could call"),
+        ({"monitoring": {"monitors": True}}, "no policy admits Prometheus"),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_refused_with_a_sentence(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(helm.HelmError) as refused:
+        render(values)
+    assert sentence in str(refused.value)
+
+
+def test_the_schema_is_closed_and_has_every_value() -> None:
+    root = json.loads((CHART / "values.schema.json").read_text())
+
+    def check(part: Any, values: Any, path: str) -> None:
+        while "$ref" in part:
+            part = root["definitions"][part["$ref"].rpartition("/")[2]]
+        if isinstance(values, dict) and "properties" in part:
+            assert part["additionalProperties"] is False, path
+            if not path.endswith(("settings", "claim.dataSourceRef", "affinity", "resources")):
+                assert set(part["properties"]) - {"global"} == set(values), path
+            for key, value in values.items():
+                check(part["properties"][key], value, f"{path}.{key}".lstrip("."))
+
+    check(root, values_file("values.yaml"), "")
+    for name, definition in root["definitions"].items():
+        assert definition.get("additionalProperties") is not True, name
+
+
+def test_what_is_generated_is_up_to_date() -> None:
+    again = "run python -m helm.generate"
+    assert (CHART / "README.md").read_text() == readme(), again
+    assert (CHART / "values.schema.json").read_text() == schema(), again
+    for name, settings in SETTINGS.items():
+        assert OF_THE_CHART[name] <= settings.model_fields.keys()
+
+
+# What the pods are told.
+
+
+def test_the_control_plane_is_told_of_each_engine() -> None:
+    rendered = case("tensor parallel")
+    engines = rendered.get("StatefulSet", "quire-data-plane")["spec"]
+    service = rendered.get("Service", engines["serviceName"])["spec"]
+    assert service["clusterIP"] == "None" and service["publishNotReadyAddresses"]
+    assert rendered.settings("control-plane")["engines"].split(",") == [
+        f"quire-data-plane-{number}.quire-data-plane.serving.svc.cluster.local:7411"
+        for number in range(engines["replicas"])
+    ]
+    assert engines["replicas"] == 3
+
+
+def test_certificates_cover_the_names_that_are_called() -> None:
+    rendered = case("h200")
+
+    def names(component: str) -> list[str]:
+        return list(rendered.get("Certificate", f"quire-{component}")["spec"]["dnsNames"])
+
+    settings = rendered.settings("control-plane")
+    for engine in settings["engines"].split(","):
+        host = engine.rpartition(":")[0]
+        assert any(fnmatch(host, name) for name in names("data-plane"))
+        # A certificate's star stands for one label.
+        assert any(host.count(".") == name.count(".") for name in names("data-plane"))
+    (command,) = (
+        container["command"]
+        for component, pod in rendered.pods()
+        if component == "test"
+        for container in pod["spec"]["containers"]
+    )
+    (address,) = (word for word in command if word.startswith("--address="))
+    assert address.removeprefix("--address=").rpartition(":")[0] in names("control-plane")
+    for name in (rendered.settings("data-plane")["leader_names"], settings["peer_name"]):
+        assert name in names("control-plane")
+    assert not set(names("client")) & set(names("control-plane"))
+    secrets = {each["spec"]["secretName"] for each in rendered.all("Certificate")}
+    for component, pod in rendered.pods():
+        for volume in pod["spec"]["volumes"]:
+            if volume["name"] == "tls":
+                assert volume["secret"]["secretName"] in secrets, component
+
+
+def test_grace_periods_are_longer_than_drains() -> None:
+    for name in ("defaults", "laptop"):
+        for component in ("control-plane", "data-plane"):
+            rendered = case(name)
+            kind = "Deployment" if component == "control-plane" else "StatefulSet"
+            pod = rendered.get(kind, f"quire-{component}")["spec"]["template"]["spec"]
+            hook = pod["containers"][0].get("lifecycle", {}).get("preStop", {})
+            settings = rendered.settings(component)
+            stop = ControlSettings if component == "control-plane" else DataSettings
+            told = stop(**settings)
+            drains = told.model_dump(include={"drain_seconds", "stop_grace_seconds"}).values()
+            before = hook.get("sleep", {}).get("seconds", 0)
+            assert before == {"defaults": 5, "laptop": 2}[name] * (component == "control-plane")
+            assert pod["terminationGracePeriodSeconds"] >= before + sum(drains) + 8
+
+
+def test_an_update_of_the_control_plane_takes_nothing_away_first() -> None:
+    deployment = case("defaults").get("Deployment", "quire-control-plane")["spec"]
+    assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    assert "replicas" not in case("autoscaling").get("Deployment", "quire-control-plane")["spec"]
+
+
+def test_memory_of_engines_counts_all_that_is_in_host_memory() -> None:
+    def resources(name: str) -> dict[str, Any]:
+        spec = case(name).get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
+        return dict(spec["containers"][0]["resources"])
+
+    parallel = resources("tensor parallel")
+    assert parallel["requests"]["memory"] == f"{16384 + 1024 + 8 * 4096}Mi"
+    assert parallel["limits"]["nvidia.com/gpu"] == 8
+    laptop = resources("laptop")
+    assert laptop["requests"]["memory"] == f"{1280 + 64 + 32 + 64}Mi"
+    assert "nvidia.com/gpu" not in laptop["limits"]
+
+
+def test_the_model_is_mounted_for_reading_only() -> None:
+    for name, claim in (("existing claim", "models"), ("made claim", "quire-model")):
+        pod = case(name).get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
+        (volume,) = (each for each in pod["volumes"] if each["name"] == "model")
+        assert volume["persistentVolumeClaim"] == {"claimName": claim, "readOnly": True}
+        (mount,) = (
+            each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "model"
+        )
+        assert mount["readOnly"]
+    assert case("existing claim").settings("data-plane")["model"] == "/model/llama/8b"
+    assert case("made claim").settings("data-plane")["model"] == "/model"
+    assert "model" not in case("laptop").settings("data-plane")
+
+
+def test_pods_change_with_their_settings_and_not_with_the_charts_version() -> None:
+    def templates(rendered: Rendered) -> list[Manifest]:
+        return [each["spec"]["template"] for each in rendered.all("Deployment", "StatefulSet")]
+
+    password = {"redis": {"password": "a-password-of-its-own"}}
+    before = templates(render(password))
+    assert "helm.sh/chart" not in json.dumps(before)
+    for values, changed in (
+        ({"controlPlane": {"settings": {"chunk_tokens": 64}}}, [True, False, False]),
+        ({"prefixes": {"a": {"text": "b"}}}, [True, False, False]),
+        ({"dataPlane": {"settings": {"max_slots": 64}}}, [False, True, False]),
+        ({"redis": {"maxMemoryMib": 64}}, [False, False, True]),
+        ({"redis": {"password": "another-password-1"}}, [True, False, True]),
+    ):
+        after = templates(render(password, values))
+        assert [a != b for a, b in zip(before, after, strict=True)] == changed, values
+
+
+def test_redis_knows_the_password_by_its_digest_alone() -> None:
+    def secret() -> dict[str, str]:
+        return dict(render().get("Secret", "quire-redis")["stringData"])
+
+    one, other = secret(), secret()
+    assert one["password"] != other["password"] and len(one["password"]) == 32
+    assert hashlib.sha256(one["password"].encode()).hexdigest() in one["users.acl"]
+    assert one["password"] not in one["users.acl"]
+    assert f"~{NAMESPACE}.{NAME}:*" in one["users.acl"]
+    assert case("defaults").settings("control-plane")["index_namespace"] == f"{NAMESPACE}.{NAME}"
+
+
+def test_redis_password_is_kept_over_upgrades() -> None:
+    def installed(secrets: dict[str, dict[str, str]]) -> dict[str, str]:
+        """The secret as Helm would apply it to a cluster that has these."""
+        with (
+            api_server(secrets, NAMESPACE, NAME) as kubeconfig,
+            helm.Config(
+                kubeconfig_content=kubeconfig, namespace=NAMESPACE, storage_driver="memory"
+            ) as config,
+        ):
+            release = config.install(chart(), NAME, {}, dry_run="server", namespace=NAMESPACE)
+        (secret,) = (
+            each
+            for each in yaml.safe_load_all(release["manifest"])
+            if each and each["kind"] == "Secret"
+        )
+        return dict(secret["stringData"])
+
+    first = installed({})
+    again = installed({"quire-redis": {"password": first["password"]}})
+    assert again == first and len(first["password"]) == 32
+
+
+def test_an_external_redis_gets_its_credentials_from_the_secret() -> None:
+    rendered = case("external redis")
+    pod = rendered.get("Deployment", "quire-control-plane")["spec"]["template"]["spec"]
+    references = {
+        each["name"]: each["valueFrom"]["secretKeyRef"]
+        for each in pod["containers"][0]["env"]
+        if "secretKeyRef" in each.get("valueFrom", {})
+    }
+    assert references == {
+        "QUIRE_REDIS_USERNAME": {"name": "redis-user", "key": "username"},
+        "QUIRE_REDIS_PASSWORD": {"name": "redis-user", "key": "password"},
+    }
+    assert rendered.settings("control-plane")["redis_ca"] == "/etc/quire/redis/ca.crt"
+    assert not [each for each in rendered.objects if each["metadata"]["name"] == "quire-redis"]
+    assert "~serving.quire:*" in rendered.notes
+
+
+def test_probes_ask_the_plain_text_health_ports() -> None:
+    for name in ("defaults", "h200"):
+        for component, pod in case(name).pods():
+            (container,) = pod["spec"]["containers"]
+            probes = [value for key, value in container.items() if key.endswith("Probe")]
+            assert len(probes) == {"test": 0, "redis": 2}.get(component, 3)
+            port = {"control-plane": 7403, "data-plane": 7413}.get(component)
+            if port:
+                assert {probe["grpc"]["port"] for probe in probes} == {port}
+                (of_settings,) = (
+                    value
+                    for key, value in case(name).settings(component).items()
+                    if key == "health_listen"
+                )
+                assert of_settings == f"0.0.0.0:{port}"
+
+
+# What pods may do.
+
+
+@every_case
+def test_pods_satisfy_the_restricted_standard(name: str) -> None:
+    allowed = {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret"}
+    pods = list(case(name).pods())
+    assert len(pods) >= 3
+    for component, manifest in pods:
+        pod = manifest["spec"]
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "hostUsers", "initContainers"}
+        assert pod["automountServiceAccountToken"] is False, component
+        assert pod["enableServiceLinks"] is False
+        for volume in pod["volumes"]:
+            assert volume.keys() - {"name"} <= allowed
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"].get("runAsUser", 1) != 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "runAsNonRoot": True,
+                "readOnlyRootFilesystem": True,
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+                "seccompProfile": {"type": "RuntimeDefault"},
+            }
+            assert not any("hostPort" in port for port in container.get("ports", ()))
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+            assert "memory" in container["resources"]["limits"]
+
+
+def test_what_libraries_write_goes_into_volumes() -> None:
+    pod = case("defaults").get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    writable = [
+        mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")
+    ]
+    assert set(writable) == {"/tmp", "/cache", "/dev/shm"}
+    directories = {
+        each["name"]: each["value"]
+        for each in container["env"]
+        if each.get("value", "").startswith("/") and each["name"] != "QUIRE_CONFIG"
+    }
+    assert {"HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"} <= directories.keys()
+    assert all(value.startswith("/cache") for value in directories.values())
+    (shared,) = (each for each in pod["volumes"] if each["name"] == "shared-memory")
+    assert shared["emptyDir"]["medium"] == "Memory"
+
+
+# Who may reach whom.
+
+PORTS = (53, 6379, 7401, 7402, 7403, 7411, 7413, 9090, 9091)
+POD_NAMES = {
+    "control-plane": "control plane",
+    "data-plane": "data plane",
+    "redis": "Redis",
+    "test": "`helm test`",
+}
+# Those outside of the release: their namespace, and their pods' labels.
+OUTSIDERS: dict[str, tuple[str, dict[str, str]]] = {
+    "anyone": ("elsewhere", {}),
+    "`clientsFrom`": (NAMESPACE, {"app": "client"}),
+    "`operatorsFrom`": ("operators", {}),
+    "`metricsFrom`": ("monitoring", {}),
+    "DNS": ("kube-system", {"k8s-app": "kube-dns"}),
+}
+
+
+def selects(selector: dict[str, Any], labels: Mapping[str, str]) -> bool:
+    assert selector.keys() <= {"matchLabels"}
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def admits(rules: list[Any], side: str, actor: tuple[str, dict[str, str]], port: int) -> bool:
+    """Whether one of a policy's rules lets an actor through at a port."""
+    namespace, labels = actor
+    for rule in rules:
+        if port not in {each["port"] for each in rule["ports"]}:
+            continue
+        if side not in rule:
+            return True
+        for peer in rule[side]:
+            if "ipBlock" in peer:
+                continue
+            where = {"kubernetes.io/metadata.name": namespace}
+            inside = (
+                selects(peer["namespaceSelector"], where)
+                if "namespaceSelector" in peer
+                else namespace == NAMESPACE
+            )
+            if inside and selects(peer.get("podSelector", {}), labels):
+                return True
+    return False
+
+
+def reachable(rendered: Rendered) -> set[tuple[str, str, int]]:
+    """All (source, target, port) that the policies let through."""
+    policies = [each["spec"] for each in rendered.all("NetworkPolicy")]
+    actors = OUTSIDERS | {
+        POD_NAMES[component]: (NAMESPACE, pod["metadata"]["labels"])
+        for component, pod in rendered.pods()
+    }
+
+    def allowed(one: str, other: str, port: int, side: str, kind: str) -> bool:
+        """Whether policies for `one` let it talk with `other`."""
+        own = [
+            policy
+            for policy in policies
+            if kind in policy["policyTypes"]
+            and actors[one][0] == NAMESPACE
+            and selects(policy["podSelector"], actors[one][1])
+        ]
+        return not own or any(
+            admits(policy.get(kind.lower(), []), side, actors[other], port) for policy in own
+        )
+
+    found = set()
+    for source, target, port in itertools.product(actors, actors, PORTS):
+        if not {source, target} & set(POD_NAMES.values()):
+            continue
+        if allowed(target, source, port, "from", "Ingress") and allowed(
+            source, target, port, "to", "Egress"
+        ):
+            found.add((source, target, port))
+    # What a stranger may, everybody may.
+    return {
+        (source, target, port)
+        for source, target, port in found
+        if source == "anyone" or ("anyone", target, port) not in found
+    }
+
+
+def test_who_may_reach_whom_is_as_documented() -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    documented = {
+        (source, target, int(port))
+        for source, target, port in re.findall(
+            r"^\| ([^|]+?) \| ([^|]+?) \| (\d+) \| [^|]+ \|$",
+            section(text, "## Who may reach whom"),
+            re.M,
+        )
+    }
+    policies = {
+        "networkPolicy": {
+            "operatorsFrom": PEERS["operators"],
+            "metricsFrom": PEERS["monitoring"],
+        }
+    }
+    assert reachable(render(policies)) == documented
+
+
+def test_by_default_nobody_operates_and_an_engine_calls_nobody() -> None:
+    reached = reachable(case("defaults"))
+    assert not [each for each in reached if each[2] in (7402, 9090, 9091)]
+    assert not [each for each in reached if each[0] in ("data plane", "Redis")]
+    assert {source for source, _, port in reached if port == 7411} == {"control plane"}
+    assert {source for source, _, port in reached if port == 6379} == {"control plane"}
+    assert not case("no policies").all("NetworkPolicy")
+
+
+def test_health_can_be_kept_from_others_too() -> None:
+    reached = reachable(case("all policies"))
+    assert not [each for each in reached if each[2] in (7403, 7413)]
+
+
+def test_an_external_redis_is_reached_at_its_port() -> None:
+    policy = case("external redis").get("NetworkPolicy", "quire-control-plane")
+    ports = [rule["ports"][0]["port"] for rule in policy["spec"]["egress"]]
+    assert ports == [53, 7401, 7411, 6380]
+
+
+# What is watched.
+
+
+def metric_names() -> set[str]:
+    """Names in the documentation's tables, with those of histograms' series."""
+    text = section((ROOT / "docs/operations.md").read_text(), "## Metrics")
+    names = set(re.findall(r"^\| `(\w+)`", text, re.M))
+    parts = {f"{name}_{part}" for name in names for part in ("bucket", "sum", "count")}
+    return names | parts
+
+
+def test_alerts_and_dashboard_use_metrics_that_there_are() -> None:
+    rendered = case("monitoring")
+    rules = rendered.get("PrometheusRule", "quire-control-plane")["spec"]["groups"][0]["rules"]
+    (dashboard,) = (
+        json.loads(each["data"]["quire.json"])
+        for each in rendered.all("ConfigMap")
+        if "grafana_dashboard" in each["metadata"]["labels"]
+    )
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    expressions = [rule["expr"] for rule in rules] + queries
+    for expression in expressions:
+        used = set(re.findall(r"\bquire_\w+", expression))
+        assert used and used <= metric_names(), expression
+        for pair in ("()", "[]", "{}"):
+            assert expression.count(pair[0]) == expression.count(pair[1]), expression
+    assert {rule["alert"] for rule in rules} == {
+        "QuireNoEngineLed",
+        "QuireEngineNotLed",
+        "QuireIndexDown",
+        "QuirePreemptionsHigh",
+        "QuireQueueLong",
+        "QuireEngineFlapping",
+    }
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 8
+
+
+def test_monitors_find_ports_that_there_are() -> None:
+    rendered = case("monitoring")
+    services = rendered.get("ServiceMonitor", "quire-control-plane")["spec"]
+    port = services["endpoints"][0]["port"]
+    found = [
+        each["metadata"]["name"]
+        for each in rendered.all("Service")
+        if selects(services["selector"], each["metadata"]["labels"])
+        and port in [named["name"] for named in each["spec"]["ports"]]
+    ]
+    # One of them, or each replica would be scraped twice.
+    assert found == ["quire-control-plane-headless"]
+    pods = rendered.get("PodMonitor", "quire-data-plane")["spec"]
+    engines = rendered.get("StatefulSet", "quire-data-plane")["spec"]["template"]
+    assert selects(pods["selector"], engines["metadata"]["labels"])
+    ports = engines["spec"]["containers"][0]["ports"]
+    assert pods["podMetricsEndpoints"][0]["port"] in [port["name"] for port in ports]
+    for component in ("control-plane", "data-plane"):
+        metrics = rendered.settings(component)["metrics_port"]
+        assert metrics == {"control-plane": 9090, "data-plane": 9091}[component]
+
+
+def test_services_lead_to_ports_that_containers_have() -> None:
+    rendered = case("defaults")
+    for service in rendered.all("Service"):
+        (pod,) = (
+            pod
+            for _, pod in rendered.pods()
+            if service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+        )
+        ports = {p["name"]: p["containerPort"] for p in pod["spec"]["containers"][0]["ports"]}
+        for port in service["spec"]["ports"]:
+            assert ports[port["targetPort"]] == port["port"]
