@@ -408,6 +408,11 @@ def test_redis_knows_the_password_by_its_digest_alone() -> None:
     assert hashlib.sha256(one["password"].encode()).hexdigest() in one["users.acl"]
     assert one["password"] not in one["users.acl"]
     assert f"~{NAMESPACE}.{NAME}:*" in one["users.acl"]
+    page = (ROOT / "docs/operations.md").read_text()
+    (needed,) = re.findall(r"^ACL SETUSER quire on >PASSWORD ~quire:\* (.*)$", page, re.M)
+    granted = set(re.findall(r"\+\S+", one["users.acl"].splitlines()[1]))
+    assert granted - set(needed.split()) == {"+@connection", "+client|setinfo", "+client|setname"}
+    assert set(needed.split()) <= granted
     assert case("defaults").settings("control-plane")["index_namespace"] == f"{NAMESPACE}.{NAME}"
 
 

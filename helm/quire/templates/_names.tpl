@@ -100,7 +100,7 @@ labels:
 
 {{/* What the prefix index needs of Redis, as rules of an ACL. Before 7.0 @connection had all of CLIENT. */}}
 {{- define "quire.redisRights" -}}
-resetkeys ~{{ include "quire.indexNamespace" . }}:* resetchannels -@all +@connection -client +client|setinfo +client|setname +eval +evalsha +smismember +sadd +srem +expire +unlink +multi +exec +discard +get +incr +hset +hsetnx +hget +hgetall +hdel +hincrby
+resetkeys ~{{ include "quire.indexNamespace" . }}:* resetchannels -@all +@connection -client +client|setinfo +client|setname +eval +evalsha +smismember +sadd +srem +expire +unlink +get +incr +hset +hsetnx +hdel +hgetall +hincrby
 {{- end -}}
 
 {{/* Takes a dict: root, component, issuer, names, addresses. */}}
