@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -86,7 +87,10 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     ) -> pb.GetBlockTableResponse:
         for _, scheduler in self._led(message.engine_id):
             for group in scheduler.groups:
-                if group.request.request_id != message.request_id:
+                request = group.request
+                if request.request_id != message.request_id:
+                    continue
+                if message.HasField("tenant") and request.salt != message.tenant:
                     continue
                 for sequence in group.resident():
                     if sequence.sample_index == message.sample:
@@ -103,7 +107,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         for _, scheduler in self._led(message.engine_id):
             if message.engine_id:
                 return views.block_map(scheduler)
-        return await wire.abort(context, _no_engine(message.engine_id))
+        return await wire.abort(context, self._no_engine(message.engine_id))
 
     # Prefixes.
 
@@ -113,9 +117,13 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         found = self._hits(message.engine_id)
         page, token = await _page(found, message.page_size, message.page_token, context)
         holders = await self._holders(page)
+        pinned = self._pinned(page)
         prefixes = [
             views.prefix(
-                hits, facts.model, self._is_pinned(facts, hits.digest), holders[hits.digest]
+                hits if self._registered.get(hits.name) else hits.unnamed(),
+                facts.model,
+                hits.digest in pinned,
+                holders[hits.digest],
             )
             for facts, hits in page
         ]
@@ -141,7 +149,8 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     async def ExplainRequest(
         self, message: pb.ExplainRequestRequest, context: wire.Context
     ) -> pb.ExplainRequestResponse:
-        lookup = self._router.lookups.get(message.request_id)
+        tenant = message.tenant if message.HasField("tenant") else None
+        lookup = self._router.lookups.get(message.request_id, tenant)
         if lookup is None or lookup.facts is None:
             known = "is not known to this replica, or too long ago"
             sentence = known if lookup is None else "waits for an engine"
@@ -182,7 +191,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         self, message: pb.UpdatePrefixRequest, context: wire.Context
     ) -> pb.UpdatePrefixResponse:
         try:
-            known = self._definition(message.name)
+            known = await self._definition(message.name)
             self._check_not_declared(message.name)
             changed = Definition(known.name, known.text, known.system, message.pinned)
             return pb.UpdatePrefixResponse(prefix=await self._put(changed))
@@ -193,7 +202,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         self, message: pb.UnregisterPrefixRequest, context: wire.Context
     ) -> pb.UnregisterPrefixResponse:
         try:
-            self._definition(message.name)
+            await self._definition(message.name)
             self._check_not_declared(message.name)
             await self._store.remove(message.name)
         except StoreUnavailable as error:
@@ -206,7 +215,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         self, message: pb.WarmPrefixRequest, context: wire.Context
     ) -> pb.WarmPrefixResponse:
         try:
-            definition = self._definition(message.name)
+            definition = await self._definition(message.name)
             await self._store.warm(message.name)
         except StoreUnavailable as error:
             await wire.abort(context, _unavailable(error))
@@ -227,7 +236,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
                 else:
                     leader.drain()
                 return pb.DrainEngineResponse(engine=views.engine(leader))
-        return await wire.abort(context, _no_engine(message.engine_id))
+        return await wire.abort(context, self._no_engine(message.engine_id))
 
     async def _put(self, definition: Definition) -> pb.RegisteredPrefix:
         try:
@@ -244,7 +253,14 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         saved = self._store.saved.get(definition.name, Saved())
         return views.registered_prefix(definition, self._keeper.standing(definition), saved)
 
-    def _definition(self, name: str) -> Definition:
+    async def _definition(self, name: str) -> Definition:
+        """What is registered under a name now; another replica may have changed it just before.
+
+        Raises:
+            RpcError: nothing is.
+        """
+        with suppress(StoreUnavailable):
+            await self._store.refresh()
         definition = self._registered.get(name)
         if definition is None:
             sentence = f"no prefix is registered as {name!r}"
@@ -315,12 +331,23 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
                     holders[digest][life.engine_id] = 0
         return holders
 
-    def _is_pinned(self, facts: EngineFacts, digest: bytes) -> bool:
-        return any(
-            digest in self._registered.hashes(each, facts)
+    def _pinned(self, found: Items[tuple[EngineFacts, PrefixHits]]) -> set[bytes]:
+        """The hashes of all pinned prefixes, for the models of some."""
+        kinds = {facts.kind: facts for facts, _ in found}
+        return {
+            digest
+            for facts in kinds.values()
             for each in self._registered.definitions
             if each.pinned
-        )
+            for digest in self._registered.hashes(each, facts)
+        }
+
+    def _no_engine(self, engine_id: str) -> wire.RpcError:
+        sentence = f"this replica leads no engine {engine_id!r}"
+        for leader in self._router.leaders:
+            if engine_id and engine_id == views.engine_id(leader) and leader.elsewhere:
+                sentence += f"; the replica at {leader.elsewhere} does"
+        return wire.failed(grpc.StatusCode.NOT_FOUND, "NO_ENGINE", sentence)
 
 
 async def _page(
@@ -335,11 +362,6 @@ async def _page(
     begin = int(token or 0)
     end = begin + (size or DEFAULT_PAGE_SIZE)
     return items[begin:end], str(end) if end < len(items) else ""
-
-
-def _no_engine(engine_id: str) -> wire.RpcError:
-    sentence = f"this replica leads no engine {engine_id!r}"
-    return wire.failed(grpc.StatusCode.NOT_FOUND, "NO_ENGINE", sentence)
 
 
 def _unavailable(error: StoreUnavailable) -> wire.RpcError:

@@ -26,6 +26,10 @@ _STATES = {
 }
 
 
+# Of a registered prefix; a list of whole ones would not fit a message.
+SHOWN_CHARACTERS = 256
+
+
 def engine_id(leader: EngineLeader) -> str:
     return leader.facts.engine_id if leader.facts else ""
 
@@ -97,6 +101,7 @@ def sequence(leader: EngineLeader, scheduler: Scheduler, sequence: Sequence) -> 
         output_token_count=max(length - len(request.prompt), 0),
         block_count=int(table.block_count[slot]) if resident else 0,
         priority=request.priority,
+        tenant=request.salt,
     )
 
 
@@ -189,7 +194,7 @@ def registered_prefix(
     return pb.RegisteredPrefix(
         name=definition.name,
         form=pb.PREFIX_FORM_SYSTEM if definition.system else pb.PREFIX_FORM_PLAIN,
-        text=definition.text,
+        text=definition.text[:SHOWN_CHARACTERS],
         pinned=definition.pinned,
         declared=definition.declared,
         hit_count=saved.hits,

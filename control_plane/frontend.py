@@ -248,8 +248,10 @@ class Frontend:
         try:
             loop.submit(generation)
         except NeverFits as error:
+            self._router.lookups.refused(generation.request)
             raise wire.bad_field("prompt", str(error)) from error
         except QueueFull as error:
+            self._router.lookups.refused(generation.request)
             raise wire.overloaded(str(error), loop.retry_seconds(error)) from error
         self._generations.add(generation)
 

@@ -221,7 +221,8 @@ class StepLoop:
             if not generation.accepted:  # The plan had arrived, but sending it seemed to fail.
                 self._admitted(generation, records.admission_facts(rows[0].record)[1])
         self.scheduler.restore(adopted, snapshot.hashes, released)
-        self._cache_log.begin(self.scheduler.pool.held_hashes(), time.monotonic())
+        held = self.scheduler.pool.held_hashes()
+        self._cache_log.begin(held, self.facts.incarnation, time.monotonic())
         for sequence, row in adopted:
             generation = self._owners[sequence.group]
             try:

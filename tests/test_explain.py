@@ -298,8 +298,55 @@ def test_models_with_other_block_sizes_are_compared_by_tokens() -> None:
     hashes = [bytes([n]) for n in range(4)]
     theirs = [b"x", b"y"]
     chain = Chain(theirs, [HeldNow({b"x"})], block_size=32, model="other")
-    spans = explain(Question(64, 16, hashes, 0, "own", {}, at=0, models=[chain]))
+    spans = explain(Question(64, 16, hashes, 0, "own", {}, at=0, models=lambda: [chain]))
     assert [(span.outcome, span.block_count, span.model) for span in spans] == [
         (LookupOutcome.OTHER_MODEL, 2, "other"),
         (LookupOutcome.NEVER_SEEN, 2, ""),
     ]
+
+
+def test_an_eviction_elsewhere_and_a_restart_are_told_apart() -> None:
+    a, b = b"a", b"b"
+    own, far = BlockHistory(), BlockHistory()
+    for history, digest in ((own, a), (far, b)):
+        history.begin([], 0)
+        history.note([digest], [], 1)
+    own.begin([], 5, restarted=True)
+    far.note([], [b], 6)
+    question = Question(32, 16, [a, b], 0, "own", {"own": own, "far": far}, at=9)
+    spans = explain(question)
+    assert [(span.outcome, span.engine_ids, span.evicted_at) for span in spans] == [
+        (LookupOutcome.RESTARTED, ("own",), 5),
+        (LookupOutcome.EVICTED, ("far",), 6),
+    ]
+
+
+def test_ids_are_a_tenants_own_and_what_was_refused_is_not_remembered(llama: Model) -> None:
+    async def main() -> None:
+        async with running_stack(llama, max_waiting_tokens=100, slot_count=1) as stack:
+            salted_by_metadata(stack.replica)
+            await send(stack.channel, request(PROMPT, 2, request_id="x"), "red")
+            await send(stack.channel, request(PROMPT, 2, request_id="x"), "blue")
+            for tenant in ("red", "blue"):
+                message = pb.ExplainRequestRequest(request_id="x", tenant=tenant)
+                found = (await stack.admin.ExplainRequest(message)).explanation
+                assert found.tenant == tenant
+            assert (await explained(stack, "x")).tenant == "blue"
+            message = pb.ExplainRequestRequest(request_id="x", tenant="green")
+            error = await failure(stack.admin.ExplainRequest(message))
+            assert error.code() is grpc.StatusCode.NOT_FOUND
+            running = asyncio.create_task(stack.generate(request(PROMPT, 200)))
+            waiting = asyncio.create_task(stack.generate(request([*PROMPT] * 3, 2)))
+            async with asyncio.timeout(10):
+                while stack.loop.scheduler.waiting_count < 1:
+                    await asyncio.sleep(0.005)
+            late = request(PROMPT, 2, request_id="late")
+            error = await failure(stack.generate(late))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            error = await failure(explained(stack, "late"))
+            assert "not known" in str(error.details())
+            for task in (running, waiting):
+                task.cancel()
+            await asyncio.gather(running, waiting, return_exceptions=True)
+
+    asyncio.run(main())

@@ -410,3 +410,118 @@ def test_definitions_have_limits() -> None:
     with pytest.raises(BadPrefix) as caught:
         Definition("-x", "text")
     assert caught.value.field == "name"
+
+
+# What goes wrong around Redis, and in between.
+
+
+def test_a_change_right_after_redis_was_emptied_loses_nothing(
+    llama: Model, llama_directory: Path
+) -> None:
+    async def main(server: RedisServer) -> None:
+        client = redis.Redis.from_url(server.url)
+        async with (
+            running_stack(llama, directory=llama_directory, redis_url=server.url) as stack,
+            running_replica([], engines="", redis_url=server.url) as other,
+        ):
+            await register(stack)
+            await register(stack, name="second")
+            await follows(other, ["desk", "second"])
+            client.flushall()
+            await register(stack, name="third")
+            client.flushall()
+            await stack.admin.WarmPrefix(pb.WarmPrefixRequest(name="desk"))
+            for replica in (stack.replica, other):
+                await follows(replica, ["desk", "second", "third"])
+                await replica.store.refresh()
+                await follows(replica, ["desk", "second", "third"])
+            assert client.hlen("quire:1:{registered}:prefixes") == 3
+        client.close()
+
+    with RedisServer() as server:
+        asyncio.run(main(server))
+
+
+def test_what_others_wrote_does_not_end_the_following(llama: Model, llama_directory: Path) -> None:
+    async def main(server: RedisServer) -> None:
+        client = redis.Redis.from_url(server.url)
+        async with running_stack(llama, directory=llama_directory, redis_url=server.url) as stack:
+            await register(stack)
+            client.hset("quire:1:{registered}:hits", "desk", "many")
+            await until(lambda: stack.replica.store._failing)
+            client.hdel("quire:1:{registered}:hits", "desk")
+            await until(lambda: not stack.replica.store._failing)
+            await register(stack, name="more")
+        client.close()
+
+    with RedisServer() as server:
+        asyncio.run(main(server))
+
+
+def test_registered_and_warmed_at_once_is_warmed_by_replicas_that_hear_of_both(
+    llama: Model, llama_directory: Path
+) -> None:
+    async def main(server: RedisServer) -> None:
+        async with (
+            running_stack(llama, directory=llama_directory, redis_url=server.url) as stack,
+            running_replica([], engines="", redis_url=server.url) as other,
+            wire.channel(f"127.0.0.1:{other.ports[1]}") as channel,
+        ):
+            admin = admin_pb2_grpc.AdminServiceStub(channel)
+            await admin.RegisterPrefix(pb.RegisterPrefixRequest(name="desk", text=SYSTEM))
+            await admin.WarmPrefix(pb.WarmPrefixRequest(name="desk"))
+            async with asyncio.timeout(10):
+                while True:
+                    prefixes = await the_prefixes(stack.admin)
+                    if prefixes and prefixes[0].engines[0].held_token_count > 0:
+                        break
+                    await asyncio.sleep(0.02)
+
+    with RedisServer() as server:
+        asyncio.run(main(server))
+
+
+def test_a_change_of_the_pin_keeps_what_another_replica_has_just_registered(
+    llama: Model, llama_directory: Path
+) -> None:
+    async def main(server: RedisServer) -> None:
+        async with (
+            running_stack(llama, directory=llama_directory, redis_url=server.url) as stack,
+            running_replica([], engines="", redis_url=server.url) as other,
+            wire.channel(f"127.0.0.1:{other.ports[1]}") as channel,
+        ):
+            admin = admin_pb2_grpc.AdminServiceStub(channel)
+            await register(stack, text="an old text")
+            await follows(other, ["desk"])
+            await register(stack, text="a new text")
+            await admin.UpdatePrefix(pb.UpdatePrefixRequest(name="desk", pinned=True))
+            (prefix,) = await the_prefixes(admin)
+            assert (prefix.text, prefix.pinned) == ("a new text", True)
+            await register(stack, name="fresh", text="x" * 1000)
+            await admin.UpdatePrefix(pb.UpdatePrefixRequest(name="fresh", pinned=True))
+            shown = {each.name: each.text for each in await the_prefixes(admin)}
+            assert shown["fresh"] == "x" * 256
+
+    with RedisServer() as server:
+        asyncio.run(main(server))
+
+
+def test_pins_are_let_go_of_while_an_engine_drains(llama: Model, llama_directory: Path) -> None:
+    async def main(server: RedisServer) -> None:
+        async with running_stack(llama, directory=llama_directory, redis_url=server.url) as stack:
+            await register(stack, pinned=True)
+            pool = stack.loop.scheduler.pool
+            await until(lambda: pool.idle_pinned_count > 0)
+            drain = pb.DrainEngineRequest(engine_id="engine-test")
+            assert (await stack.admin.DrainEngine(drain)).engine.draining
+            await stack.admin.UnregisterPrefix(pb.UnregisterPrefixRequest(name="desk"))
+            await until(lambda: pool.idle_pinned_count == 0)
+            drain.resume = True
+            assert not (await stack.admin.DrainEngine(drain)).engine.draining
+            assert (await stack.generate(asked("hello"))).usage is not None
+            unknown = pb.DrainEngineRequest(engine_id="nobody")
+            error = await failure(stack.admin.DrainEngine(unknown))
+            assert error.code() is grpc.StatusCode.NOT_FOUND
+
+    with RedisServer() as server:
+        asyncio.run(main(server))

@@ -29,6 +29,7 @@ _KINDS = {
         Kind("other_tenant", "t", "magenta"),
         Kind("other_engine", "o", "blue"),
         Kind("evicted", "e", "red"),
+        Kind("restarted", "r", "red"),
     )
 }
 
@@ -119,7 +120,11 @@ def _hit(span: Row, _: Row) -> str:
 def _evicted(span: Row, explanation: Row) -> str:
     before = lasting(span["evicted_seconds_before"])
     when = f"{before} before the request" if explanation["request_id"] else f"{before} ago"
-    return f"evicted {when}"
+    elsewhere = [name for name in span["engine_ids"] if name != explanation["engine_id"]]
+    where = f" on {joined(elsewhere)}" if elsewhere else ""
+    if span["outcome"] == "restarted":
+        return f"lost{where} when the engine was started anew, {when}"
+    return f"evicted{where} {when}"
 
 
 def _other_engine(span: Row, _: Row) -> str:
@@ -159,6 +164,7 @@ _SENTENCES: dict[str, Callable[[Row, Row], str]] = {
     "hit": _hit,
     "never_seen": lambda span, _: "never seen before",
     "evicted": _evicted,
+    "restarted": _evicted,
     "other_engine": _other_engine,
     "other_tenant": _other_tenant,
     "other_model": lambda span, _: f"cached for model {span['model']} only",

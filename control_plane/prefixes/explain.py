@@ -7,7 +7,7 @@ there. For every block after that there is one reason: the first of those below 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,7 @@ class LookupOutcome(enum.Enum):
     AFTER_A_MISS = 7
     NOT_FULL = 8
     NOT_USED = 9
+    RESTARTED = 10
 
 
 class Holder(Protocol):
@@ -34,6 +35,9 @@ class Holder(Protocol):
 
     def evicted_before(self, digest: bytes, at: float) -> float | None:
         """When it had given the block up, if it had by then."""
+
+    def restarted_at(self, moment: float) -> bool:
+        """Whether what went then did so because the engine was started anew."""
 
 
 class HeldNow:
@@ -47,6 +51,9 @@ class HeldNow:
 
     def evicted_before(self, _digest: bytes, _at: float) -> float | None:
         return None
+
+    def restarted_at(self, _moment: float) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,8 @@ class Question:
         cached: tokens that it found.
         at: seconds of the holders' clock.
         computes_all: it asks for log-probabilities of its prompt, which the cache has not.
-        tenants, models: the same tokens under others' salts, and for other models.
+        tenants, models: the same tokens under others' salts, and for other models; they are asked
+            for when nothing else explains a block.
     """
 
     prompt_tokens: int
@@ -94,8 +102,8 @@ class Question:
     engines: Mapping[str, Holder]
     at: float
     computes_all: bool = False
-    tenants: Sequence[Chain] = ()
-    models: Sequence[Chain] = ()
+    tenants: Callable[[], Sequence[Chain]] = tuple
+    models: Callable[[], Sequence[Chain]] = tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,23 +162,39 @@ def _fate(question: Question, index: int) -> _Fate:
     """Why one block was not used, the strongest reason first."""
     digest, at = question.hashes[index], question.at
     token = index * question.block_size
-    own = question.engines.get(question.engine_id)
     holders = _holders(question, index)
     if question.engine_id in holders:
         outcome = LookupOutcome.NOT_USED if question.computes_all else LookupOutcome.AFTER_A_MISS
         return _Fate(outcome, holders)
     if holders:
         return _Fate(LookupOutcome.OTHER_ENGINE, holders)
-    evicted = own.evicted_before(digest, at) if own else None
-    if evicted is not None:
-        return _Fate(LookupOutcome.EVICTED, evicted_at=evicted)
-    for chain in question.tenants:
+    gone = _latest_eviction(question, digest)
+    if gone is not None:
+        return gone
+    for chain in question.tenants():
         if chain.held(token, at):
             return _Fate(LookupOutcome.OTHER_TENANT, tenant=chain.tenant)
-    for chain in question.models:
+    for chain in question.models():
         if chain.held(token, at):
             return _Fate(LookupOutcome.OTHER_MODEL, model=chain.model)
     return _Fate(LookupOutcome.NEVER_SEEN)
+
+
+def _latest_eviction(question: Question, digest: bytes) -> _Fate | None:
+    """What became of a block that was held once: on its own engine, else where it went last."""
+    own, latest = question.engine_id, None
+    for name, holder in question.engines.items():
+        moment = holder.evicted_before(digest, question.at)
+        if moment is None:
+            continue
+        restarted = holder.restarted_at(moment)
+        outcome = LookupOutcome.RESTARTED if restarted else LookupOutcome.EVICTED
+        fate = _Fate(outcome, (name,), evicted_at=moment)
+        if name == own:
+            return fate
+        if latest is None or moment > (latest.evicted_at or 0):
+            latest = fate
+    return latest
 
 
 def _holders(question: Question, index: int) -> tuple[str, ...]:

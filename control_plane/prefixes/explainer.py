@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 
 from control_plane.blocks import Int32Array
 from control_plane.engine_link import EngineFacts
@@ -17,6 +18,9 @@ from control_plane.prefixes.lookups import Lookup
 from control_plane.prefixes.registered import RegisteredPrefixes
 from control_plane.records import SharedPrefix
 from control_plane.router import Router
+
+# Between two tenants, for the event loop's thread.
+_PAUSE_SECONDS = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,9 @@ class Explainer:
         computes_all: bool,
     ) -> list[Span]:
         others = await self._other_models(asked)
+        holders = list(engines.values())
+        # Hashing a long prompt for every tenant takes its time: once, and only if it is asked for.
+        tenants = cache(partial(self._other_tenants, asked, holders))
 
         def work() -> list[Span]:
             return explain(
@@ -135,8 +142,8 @@ class Explainer:
                     engines,
                     at,
                     computes_all,
-                    self._other_tenants(asked, list(engines.values())),
-                    others,
+                    tenants,
+                    lambda: others,
                 )
             )
 
@@ -144,16 +151,13 @@ class Explainer:
 
     def _other_tenants(self, asked: _Prompt, holders: list[Holder]) -> list[Chain]:
         tenants = dict.fromkeys(["", *self._router.lookups.tenants])
-        return [
-            Chain(
-                _hashes(_Prompt(asked.ids, tenant, asked.shared, asked.facts)),
-                holders,
-                asked.facts.block_size,
-                tenant=tenant,
-            )
-            for tenant in tenants
-            if tenant != asked.tenant
-        ]
+        chains = []
+        for tenant in tenants:
+            if tenant != asked.tenant:
+                hashes = _hashes(_Prompt(asked.ids, tenant, asked.shared, asked.facts))
+                chains.append(Chain(hashes, holders, asked.facts.block_size, tenant=tenant))
+                time.sleep(_PAUSE_SECONDS)
+        return chains
 
     async def _other_models(self, asked: _Prompt) -> list[Chain]:
         """Engines for which the same tokens mean the same text, but other keys and values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 
 
@@ -20,9 +20,16 @@ class BlockHistory:
         self._limit = limit
         self._since: dict[bytes, float] = {}
         self._gone: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
+        self._restarts: deque[float] = deque(maxlen=64)
 
-    def begin(self, held: Iterable[bytes], now: float) -> None:
-        """Says what the engine holds as a leadership begins; what it held before that is gone."""
+    def begin(self, held: Iterable[bytes], now: float, restarted: bool = False) -> None:
+        """Says what the engine holds as a leadership begins; what it held before that is gone.
+
+        Args:
+            restarted: it is another life of the engine than before.
+        """
+        if restarted:
+            self._restarts.append(now)
         former, self._since = self._since, {}
         for digest in held:
             # Since when it holds what nobody here saw it compute is not known: always.
@@ -48,10 +55,12 @@ class BlockHistory:
 
     def evicted_before(self, digest: bytes, at: float) -> float | None:
         """When the engine gave it up, if it did before `at` and had not computed it again."""
-        if self.held_at(digest, at) or digest not in self._gone:
-            return None
-        until = self._gone[digest][1]
-        return until if until < at else None
+        _, until = self._gone.get(digest, (math.inf, math.inf))
+        return until if until < at and not self.held_at(digest, at) else None
+
+    def restarted_at(self, moment: float) -> bool:
+        """Whether what went then did so because the engine was started anew."""
+        return moment in self._restarts
 
     def _remember(self, digest: bytes, since: float, until: float) -> None:
         self._gone[digest] = since, until

@@ -42,7 +42,10 @@ class _Care:
 
 @dataclass(slots=True)
 class _Loop:
+    """One leadership. What was to be warmed of `former` before it began is none of its business."""
+
     loop: StepLoop
+    former: frozenset[str]
     care: dict[str, _Care] = field(default_factory=dict)
 
 
@@ -105,12 +108,13 @@ class PrefixKeeper:
     def care(self) -> None:
         """Does what is missing on the engines that are led now."""
         for leader in self._leaders:
-            if leader.loop is None or leader.draining:
+            if leader.loop is None:
                 self._loops.pop(leader, None)
                 continue
             known = self._loops.get(leader)
             if known is None or known.loop is not leader.loop:
-                known = self._loops[leader] = _Loop(leader.loop)
+                former = frozenset(each.name for each in self._registered.definitions)
+                known = self._loops[leader] = _Loop(leader.loop, former)
             self._care_on(known)
 
     def standing(self, definition: Definition) -> list[Standing]:
@@ -145,12 +149,12 @@ class PrefixKeeper:
             for care in known.care.values():
                 care.pinned = ()
         for name, definition in definitions.items():
-            # What was to be warmed before this leadership began is none of its business.
-            count = self._registered.warm_counts.get(name, 0)
+            count = self._registered.warm_counts.get(name, 0) if name in known.former else 0
             care = known.care.setdefault(name, _Care(warmed_count=count))
             hashes = self._registered.hashes(definition, known.loop.facts)
             self._pin(known, care, hashes if definition.pinned else ())
-            self._warm(known.loop, definition, care, hashes)
+            if not known.loop.draining:
+                self._warm(known.loop, definition, care, hashes)
 
     def _pin(self, known: _Loop, care: _Care, wanted: tuple[bytes, ...]) -> None:
         if care.pinned == wanted:
@@ -174,11 +178,13 @@ class PrefixKeeper:
                 return
             care.warming = None
         wanted = self._registered.warm_counts.get(definition.name, 0)
-        held = len(loop.scheduler.pool.match(hashes)) == len(hashes)
+        if wanted < care.warmed_count:
+            care.warmed_count = 0  # Redis was emptied, and counts from the beginning.
         asked, now = wanted > care.warmed_count, time.monotonic()
-        due = care.pinned and now >= care.warm_again_at
-        if held or not (asked or due):
-            care.warmed_count = wanted if held else care.warmed_count
+        if not (asked or (care.pinned and now >= care.warm_again_at)):
+            return
+        if len(loop.scheduler.pool.match(hashes)) == len(hashes):
+            care.warmed_count = wanted
             return
         try:
             care.warming = self._submit(loop, definition)

@@ -22,9 +22,13 @@ class CacheLog:
         self.stats = PrefixStats()
         self.history = BlockHistory()
         self._lookups = lookups
+        self._incarnation = ""
 
-    def begin(self, held: Iterable[bytes], now: float) -> None:
-        self.history.begin(held, now)
+    def begin(self, held: Iterable[bytes], incarnation: str, now: float) -> None:
+        """Notes what the engine holds as a leadership begins."""
+        restarted = self._incarnation not in ("", incarnation)
+        self._incarnation = incarnation
+        self.history.begin(held, now, restarted)
 
     def changed(self, added: Iterable[bytes], removed: Iterable[bytes], now: float) -> None:
         self.history.note(added, removed, now)

@@ -75,9 +75,14 @@ class LookupLog:
             for listener in self.listeners:
                 listener(lookup.request, facts, cached)
 
-    def get(self, request_id: str) -> Lookup | None:
-        """The latest one with that id, whosever it is."""
-        latest = (key for key in reversed(self._entries) if key[1] == request_id)
+    def refused(self, request: Request) -> None:
+        """Forgets a request that no engine is going to take."""
+        self._drop(request.key)
+
+    def get(self, request_id: str, tenant: str | None = None) -> Lookup | None:
+        """The latest one with that id, of a tenant or of whichever it is."""
+        keys = (key for key in reversed(self._entries) if key[1] == request_id)
+        latest = (key for key in keys if tenant in (None, key[0]))
         key = next(latest, None)
         return None if key is None else self._entries[key]
 

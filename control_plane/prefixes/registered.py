@@ -155,7 +155,8 @@ class RegisteredPrefixes:
         Args:
             prompt: token ids, [n].
         """
-        first = np.array(prompt[: facts.block_size], "<i4").tobytes()
+        prompt = np.asarray(prompt, np.int32)
+        first = prompt[: facts.block_size].astype("<i4").tobytes()
         for candidate in self._candidates(facts).get(first, ()):
             count = len(candidate.ids)
             if np.array_equal(prompt[:count], candidate.ids):

@@ -28,6 +28,10 @@ class PrefixHits:
     saved_tokens: int = 0
     last_hit: float = 0.0
 
+    def unnamed(self) -> PrefixHits:
+        """The same, for it is not registered any more."""
+        return replace(self, name="")
+
     def plus(self, other: PrefixHits) -> PrefixHits:
         """The same prefix on two engines."""
         return replace(

@@ -5,16 +5,19 @@
     {namespace}:1:{registered}:hits       hash: name -> requests that found it
     {namespace}:1:{registered}:saved      hash: name -> tokens that they did not compute
     {namespace}:1:{registered}:version    counter, raised with every change of the first two
+    {namespace}:1:{registered}:life       hash: "id" -> drawn by whoever came first
 
-Each replica looks at the version once a second and reads the rest when it has changed. What it has
-read it keeps: a Redis that is gone costs nothing but changes, and one that was emptied is filled
-again. Beside the index the only module that knows Redis.
+Each replica looks at version and life once a second and reads the rest when they have changed. What
+it has read it keeps: a Redis that is gone costs nothing but changes. One with another life was
+emptied: every replica that notices gives it back what it knows. Beside the index the only module
+that knows Redis.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +69,8 @@ class RegisteredStore:
         self._redis, self._registered = redis, registered
         self._key = f"{namespace}:1:{{registered}}:"
         self._version: bytes | None = None
+        self._life: bytes | None = None
+        self._failing = False
         self._unwritten_hits: Counter[str] = Counter()
         self._unwritten_tokens: Counter[str] = Counter()
         self.saved: dict[str, Saved] = {}
@@ -75,8 +80,11 @@ class RegisteredStore:
         while True:
             try:
                 await self.refresh()
-            except StoreUnavailable as error:
-                log.debug("registered prefixes: %s", error)
+                self._failing = False
+            except Exception as error:  # whatever others wrote there must not end this
+                if not (self._failing or isinstance(error, StoreUnavailable)):
+                    log.warning("registered prefixes in Redis cannot be read: %r", error)
+                self._failing = True
             await asyncio.sleep(_POLL_SECONDS)
 
     def note(self, request: Request, facts: EngineFacts, cached: int) -> None:
@@ -113,8 +121,12 @@ class RegisteredStore:
         commands += [("HINCRBY", "hits", name, count) for name, count in hits.items()]
         commands += [("HINCRBY", "saved", name, count) for name, count in tokens.items()]
         try:
-            *_, version, found, saved = await self._execute(
-                *commands, ("GET", "version"), ("HGETALL", "hits"), ("HGETALL", "saved")
+            *_, version, life, found, saved = await self._execute(
+                *commands,
+                ("GET", "version"),
+                ("HGETALL", "life"),
+                ("HGETALL", "hits"),
+                ("HGETALL", "saved"),
             )
         except StoreUnavailable:
             self._unwritten_hits += hits
@@ -124,18 +136,22 @@ class RegisteredStore:
             name.decode(): Saved(int(count), int(saved.get(name, 0)))
             for name, count in found.items()
         }
-        if version is None and self._version is not None:
-            await self._fill()
+        if self._life is None or life.get(b"id") != self._life:
+            await self._join()
         elif version != self._version:
             await self._read()
 
     async def _do(self, *commands: tuple[Any, ...]) -> None:
+        (life,) = await self._execute(("HGETALL", "life"))
+        if self._life is None or life.get(b"id") != self._life:
+            # Before anything is changed, or the change would be all that is read afterwards.
+            await self._join()
         await self._execute(*commands, ("INCR", "version"))
         await self._read()
 
     async def _read(self) -> None:
-        version, prefixes, warm = await self._execute(
-            ("GET", "version"), ("HGETALL", "prefixes"), ("HGETALL", "warm")
+        version, life, prefixes, warm = await self._execute(
+            ("GET", "version"), ("HGETALL", "life"), ("HGETALL", "prefixes"), ("HGETALL", "warm")
         )
         found = {}
         for name, data in prefixes.items():
@@ -146,13 +162,19 @@ class RegisteredStore:
                 log.warning("the registered prefix %r in Redis is none: %s", name, error)
         self._registered.set_stored(found)
         self._registered.warm_counts = {name.decode(): int(count) for name, count in warm.items()}
-        self._version = version
+        self._version, self._life = version, life.get(b"id")
 
-    async def _fill(self) -> None:
-        """Redis was emptied: gives it back what this replica knows, where no other has."""
-        log.warning("Redis was emptied; registered prefixes are written anew")
+    async def _join(self) -> None:
+        """A Redis that is new to this replica, or was emptied: gives it what is not there."""
+        if self._life is not None:
+            log.warning("Redis was emptied; registered prefixes are written anew")
         known = self._registered.stored.values()
-        await self._do(*(("HSETNX", "prefixes", each.name, _record(each)) for each in known))
+        await self._execute(
+            ("HSETNX", "life", "id", uuid.uuid4().hex),
+            *(("HSETNX", "prefixes", each.name, _record(each)) for each in known),
+            ("INCR", "version"),
+        )
+        await self._read()
 
     async def _execute(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Runs commands, each with its key's last part second, in one round trip."""

@@ -44,6 +44,7 @@ class LookupOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LOOKUP_OUTCOME_AFTER_A_MISS: _ClassVar[LookupOutcome]
     LOOKUP_OUTCOME_NOT_FULL: _ClassVar[LookupOutcome]
     LOOKUP_OUTCOME_NOT_USED: _ClassVar[LookupOutcome]
+    LOOKUP_OUTCOME_RESTARTED: _ClassVar[LookupOutcome]
 
 class PrefixForm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -75,6 +76,7 @@ LOOKUP_OUTCOME_OTHER_MODEL: LookupOutcome
 LOOKUP_OUTCOME_AFTER_A_MISS: LookupOutcome
 LOOKUP_OUTCOME_NOT_FULL: LookupOutcome
 LOOKUP_OUTCOME_NOT_USED: LookupOutcome
+LOOKUP_OUTCOME_RESTARTED: LookupOutcome
 PREFIX_FORM_UNSPECIFIED: PrefixForm
 PREFIX_FORM_SYSTEM: PrefixForm
 PREFIX_FORM_PLAIN: PrefixForm
@@ -178,7 +180,7 @@ class ListSequencesResponse(_message.Message):
     def __init__(self, sequences: _Optional[_Iterable[_Union[Sequence, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class Sequence(_message.Message):
-    __slots__ = ("engine_id", "request_id", "sample", "state", "slot", "prompt_token_count", "cached_token_count", "output_token_count", "block_count", "priority")
+    __slots__ = ("engine_id", "request_id", "sample", "state", "slot", "prompt_token_count", "cached_token_count", "output_token_count", "block_count", "priority", "tenant")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
@@ -189,6 +191,7 @@ class Sequence(_message.Message):
     OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     request_id: str
     sample: int
@@ -199,17 +202,20 @@ class Sequence(_message.Message):
     output_token_count: int
     block_count: int
     priority: int
-    def __init__(self, engine_id: _Optional[str] = ..., request_id: _Optional[str] = ..., sample: _Optional[int] = ..., state: _Optional[_Union[SequenceState, str]] = ..., slot: _Optional[int] = ..., prompt_token_count: _Optional[int] = ..., cached_token_count: _Optional[int] = ..., output_token_count: _Optional[int] = ..., block_count: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+    tenant: str
+    def __init__(self, engine_id: _Optional[str] = ..., request_id: _Optional[str] = ..., sample: _Optional[int] = ..., state: _Optional[_Union[SequenceState, str]] = ..., slot: _Optional[int] = ..., prompt_token_count: _Optional[int] = ..., cached_token_count: _Optional[int] = ..., output_token_count: _Optional[int] = ..., block_count: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class GetBlockTableRequest(_message.Message):
-    __slots__ = ("engine_id", "request_id", "sample")
+    __slots__ = ("engine_id", "request_id", "sample", "tenant")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     request_id: str
     sample: int
-    def __init__(self, engine_id: _Optional[str] = ..., request_id: _Optional[str] = ..., sample: _Optional[int] = ...) -> None: ...
+    tenant: str
+    def __init__(self, engine_id: _Optional[str] = ..., request_id: _Optional[str] = ..., sample: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class GetBlockTableResponse(_message.Message):
     __slots__ = ("blocks",)
@@ -314,10 +320,12 @@ class ExplainPromptResponse(_message.Message):
     def __init__(self, explanation: _Optional[_Union[Explanation, _Mapping]] = ...) -> None: ...
 
 class ExplainRequestRequest(_message.Message):
-    __slots__ = ("request_id",)
+    __slots__ = ("request_id", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class ExplainRequestResponse(_message.Message):
     __slots__ = ("explanation",)
