@@ -7,7 +7,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,17 @@ from control_plane.settings import Settings as ControlSettings
 from data_plane.settings import Settings as DataSettings
 from helm.generate import OF_THE_CHART, SETTINGS, readme, schema
 from tests.api_server import api_server
-from tests.chart import CHART, NAME, NAMESPACE, ROOT, Manifest, Rendered, chart, render, values_file
+from tests.chart import (
+    CHART,
+    NAME,
+    NAMESPACE,
+    ROOT,
+    Manifest,
+    Rendered,
+    chart,
+    render,
+    values_file,
+)
 from tests.test_docs import section
 
 LAPTOP, H200 = values_file("values-laptop.yaml"), values_file("values-h200.yaml")
@@ -74,6 +85,9 @@ CASES: dict[str, Mapping[str, Any]] = {
             }
         }
     },
+    "claims for caches": {
+        "dataPlane": {"replicas": 2, "cache": {"claim": True, "storageClassName": "fast"}}
+    },
     "external redis": EXTERNAL_REDIS,
     "access": {
         "access": {"existingSecret": "callers", "anonymousRoles": [], "testSecret": "tester"}
@@ -110,7 +124,13 @@ CASES: dict[str, Mapping[str, Any]] = {
             "affinity": {"podAntiAffinity": {}},
             "podAnnotations": {"note": "x"},
         }
+        | ({} if plane == "redis" else {"annotations": {"reloader.example/auto": "true"}})
         for plane in ("controlPlane", "dataPlane", "redis")
+    },
+    "callers without certificates": {
+        "tls": {"enabled": True, "existingSecrets": SECRETS | {"client": ""}},
+        "controlPlane": {"settings": {"client_certificates": False}},
+        "access": {"testSecret": "tester", "testKey": "bearer"},
     },
     "names": {
         "fullnameOverride": "q",
@@ -120,14 +140,50 @@ CASES: dict[str, Mapping[str, Any]] = {
         "controlPlane": {"image": {"repository": "r.example/q", "digest": f"sha256:{'0' * 64}"}},
     },
 }  # fmt: skip
-# Kinds of other projects, without schemas here: their groups, and what they must have.
-CUSTOM = {
-    "Issuer": ("cert-manager.io/v1", set()),
-    "Certificate": ("cert-manager.io/v1", {"secretName", "issuerRef"}),
-    "ServiceMonitor": ("monitoring.coreos.com/v1", {"selector", "endpoints"}),
-    "PodMonitor": ("monitoring.coreos.com/v1", {"selector", "podMetricsEndpoints"}),
-    "PrometheusRule": ("monitoring.coreos.com/v1", {"groups"}),
+# Kinds of other projects, without schemas here: their groups, what they must have, and which keys
+# they may have at any depth, below which None stands for anything.
+KEYS = dict[str, Any]
+SCRAPED: KEYS = dict.fromkeys(("port", "interval", "path", "scheme"))
+WATCHED: KEYS = {"selector": {"matchLabels": None}, "namespaceSelector": {"matchNames": None}}
+CUSTOM: dict[str, tuple[str, set[str], KEYS]] = {
+    "Issuer": ("cert-manager.io/v1", set(), {"selfSigned": {}, "ca": {"secretName": None}}),
+    "Certificate": (
+        "cert-manager.io/v1",
+        {"secretName", "issuerRef"},
+        dict.fromkeys(("secretName", "dnsNames", "ipAddresses", "usages", "isCA", "commonName"))
+        | dict.fromkeys(("duration", "renewBefore"))
+        | {
+            "issuerRef": dict.fromkeys(("name", "kind", "group")),
+            "privateKey": dict.fromkeys(("algorithm", "size", "rotationPolicy")),
+        },
+    ),
+    "ServiceMonitor": (
+        "monitoring.coreos.com/v1",
+        {"selector", "endpoints"},
+        WATCHED | {"endpoints": SCRAPED},
+    ),
+    "PodMonitor": (
+        "monitoring.coreos.com/v1",
+        {"selector", "podMetricsEndpoints"},
+        WATCHED | {"podMetricsEndpoints": SCRAPED},
+    ),
+    "PrometheusRule": (
+        "monitoring.coreos.com/v1",
+        {"groups"},
+        {
+            "groups": {
+                "name": None,
+                "rules": dict.fromkeys(("alert", "expr", "for"))
+                | {
+                    "labels": {"severity": None},
+                    "annotations": dict.fromkeys(("summary", "description")),
+                },
+            }
+        },
+    ),
 }
+# cert-manager's names of them.
+USAGES = {"digital signature", "server auth", "client auth"}
 # The first that the chart allows, and the last five.
 VERSIONS = ["1.30", *dict.fromkeys(map(utils.major_minor, utils.all_versions()[-10:]))]
 
@@ -157,14 +213,29 @@ def test_manifests_are_valid_for_every_version(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(utils, "schema_contents", SCHEMAS)
     for manifest, version in itertools.product(case(name).objects, VERSIONS):
         if manifest["kind"] in CUSTOM:
-            group, needed = CUSTOM[manifest["kind"]]
+            group, needed, keys = CUSTOM[manifest["kind"]]
             assert manifest["apiVersion"] == group
+            assert manifest.keys() == {"apiVersion", "kind", "metadata", "spec"}
             assert needed <= manifest["spec"].keys()
+            assert set(unknown(manifest["spec"], keys)) == set()
+            assert set(manifest["spec"].get("usages", ())) <= USAGES
         else:
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
 SCHEMAS = functools.cache(utils.schema_contents)
+
+
+def unknown(part: Any, keys: KEYS | None) -> Iterator[str]:
+    """Keys at any depth that are not among those."""
+    if keys is None:
+        return
+    for each in part if isinstance(part, list) else [part]:
+        for key, value in each.items():
+            if key in keys:
+                yield from unknown(value, keys[key])
+            else:
+                yield key
 
 
 @every_case
@@ -177,10 +248,63 @@ def test_objects_belong_to_the_release(name: str) -> None:
         assert metadata["namespace"] == NAMESPACE
         assert metadata["labels"]["app.kubernetes.io/instance"] == NAME
         assert metadata["labels"]["app.kubernetes.io/managed-by"] == "Helm"
+    claims = {
+        each["metadata"]["name"]
+        for workload in rendered.all("StatefulSet")
+        for each in workload["spec"].get("volumeClaimTemplates", ())
+    }
     for pod, manifest in rendered.pods():
         volumes = {each["name"] for each in manifest["spec"]["volumes"]}
+        if pod == "data-plane":
+            assert not volumes & claims
+            volumes |= claims
         for container in manifest["spec"]["containers"]:
             assert {each["name"] for each in container["volumeMounts"]} == volumes, pod
+
+
+@every_case
+def test_selectors_select_what_they_are_for(name: str) -> None:
+    rendered = case(name)
+    pods = {component: pod["metadata"]["labels"] for component, pod in rendered.pods()}
+    for manifest in rendered.all("Deployment", "StatefulSet", "PodDisruptionBudget", "PodMonitor"):
+        spec = manifest["spec"]
+        selectors = [spec["selector"]] + [
+            each["labelSelector"]
+            for each in spec.get("template", {"spec": {}})["spec"].get(
+                "topologySpreadConstraints", ()
+            )
+        ]
+        own = manifest["metadata"]["labels"]["app.kubernetes.io/component"]
+        for selector in selectors:
+            assert [each for each, labels in pods.items() if selects(selector, labels)] == [own]
+    for budget in rendered.all("PodDisruptionBudget"):
+        assert budget["spec"]["maxUnavailable"] == 1
+    for scaler in rendered.all("HorizontalPodAutoscaler"):
+        target = scaler["spec"]["scaleTargetRef"]
+        found = rendered.get(target["kind"], target["name"])
+        assert found["apiVersion"] == target["apiVersion"]
+        assert found["metadata"]["labels"]["app.kubernetes.io/component"] == "control-plane"
+
+
+@pytest.mark.parametrize(
+    ("release", "values", "name"),
+    [
+        ("serving.v1.2", {}, "serving-v1-2-quire"),
+        ("quire.v1", {}, "quire-v1"),
+        ("x" * 39 + ".quire", {}, "x" * 39),
+        ("1st", {"fullnameOverride": "first"}, "first"),
+        ("one", {"nameOverride": "engines"}, "one-engines"),
+    ],
+)
+def test_names_are_what_services_may_be_called(
+    release: str, values: dict[str, Any], name: str
+) -> None:
+    rendered = render(values, name=release)
+    assert rendered.get("Service", f"{name}-control-plane")
+    for manifest in rendered.objects:
+        assert re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", manifest["metadata"]["name"])
+    with pytest.raises(helm.HelmError, match=r"begins with a digit.*fullnameOverride"):
+        render(name="1st")
 
 
 def test_long_names_stay_within_what_kubernetes_takes() -> None:
@@ -223,6 +347,26 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
         ({"prefixes": {"guide": {"form": "system"}}}, "missing property 'text'"),
         ({"networkPolicy": {"clientsFrom": [{}]}}, "minProperties"),
         ({"externalRedis": {"url": "http://x"}}, "does not match pattern"),
+        ({"commonLabels": {"a": "not a label"}}, "does not match pattern"),
+        ({"commonLabels": {"a/b/c": "d"}}, "does not match pattern"),
+        ({"dataPlane": {"nodeSelector": {"a": "b c"}}}, "does not match pattern"),
+        ({"fullnameOverride": "a.b"}, "does not match pattern"),
+        ({"fullnameOverride": "1a"}, "does not match pattern"),
+        ({"nameOverride": "A"}, "does not match pattern"),
+        ({"clusterDomain": "cluster.local."}, "does not match pattern"),
+        (
+            {"controlPlane": {"podDisruptionBudget": {"maxUnavailable": "0%"}}},
+            "does not match pattern",
+        ),
+        ({"dataPlane": {"podDisruptionBudget": {"maxUnavailable": 0}}}, "got 0, want 1"),
+        ({"dataPlane": {"cache": {"size": "0"}}}, "does not match pattern"),
+        ({"tls": {"certManager": {"duration": "1d"}}}, "does not match pattern"),
+        ({"dataPlane": {"settings": None}}, "at '/dataPlane': missing property 'settings'"),
+        ({"networkPolicy": {"dnsTo": None}}, "missing property 'dnsTo'"),
+        (
+            {"dataPlane": {"model": {"claim": {"create": True, "dataSourceRef": {"name": "a"}}}}},
+            "missing property 'kind'",
+        ),
         # What each value may be, and not both together.
         ({"redis": {"enabled": False}}, "There is no Redis for the prefix index"),
         ({"externalRedis": {"url": "redis://x"}}, "redis.enabled and externalRedis.url are both"),
@@ -234,7 +378,19 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
             {"redis": {"enabled": False}, "externalRedis": {"url": "redis://x", "caSecret": "y"}},
             "of use with a rediss:// URL only",
         ),
+        (
+            {"commonLabels": {"app.kubernetes.io/name": "mine"}},
+            "commonLabels must not hold app.kubernetes.io/name",
+        ),
+        ({"monitoring": {"labels": {"helm.sh/chart": "x"}}}, "monitoring.labels must not hold"),
+        ({"tls": {"certManager": {"duration": "720h"}}}, "shorter than it"),
+        ({"tls": {"certManager": {"renewBefore": "4m59s"}}}, "at least five minutes"),
+        ({"tls": {"certManager": {"duration": "87600h"}}}, "the chart's own authority"),
         ({"tls": {"enabled": True}}, "tls.enabled needs certificates"),
+        (
+            {"tls": {"enabled": True, "existingSecrets": SECRETS | {"client": ""}}},
+            "set tls.existingSecrets.client",
+        ),
         ({"tls": {"certManager": {"enabled": True}}}, "tls.enabled is off"),
         (
             {"tls": CASES["tls of secrets"]["tls"] | {"certManager": {"enabled": True}}},
@@ -245,7 +401,13 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
             {"dataPlane": {"model": {"existingClaim": "a", "claim": {"create": True}}}},
             "the model is in one of them",
         ),
-        ({"dataPlane": {"model": {"claim": {"create": True}}}}, "makes an empty volume"),
+        *(
+            (
+                {"dataPlane": {"model": {"claim": {"create": True, "accessMode": mode}}}},
+                "makes an empty volume",
+            )
+            for mode in ("ReadOnlyMany", "ReadWriteMany", "ReadWriteOnce")
+        ),
         (
             {"controlPlane": {"autoscaling": {"enabled": True, "maxReplicas": 1}}},
             "minReplicas is above maxReplicas",
@@ -271,6 +433,8 @@ def test_the_schema_is_closed_and_has_every_value() -> None:
             assert part["additionalProperties"] is False, path
             if not path.endswith(("settings", "claim.dataSourceRef", "affinity", "resources")):
                 assert set(part["properties"]) - {"global"} == set(values), path
+                # Null takes a default away; templates expect one but of users and groups.
+                assert set(part["required"]) == set(values) - {"runAsUser", "fsGroup"}, path
             for key, value in values.items():
                 check(part["properties"][key], value, f"{path}.{key}".lstrip("."))
 
@@ -354,6 +518,85 @@ def test_an_update_of_the_control_plane_takes_nothing_away_first() -> None:
     assert "replicas" not in case("autoscaling").get("Deployment", "quire-control-plane")["spec"]
 
 
+def test_rollouts_wait_for_engines() -> None:
+    few = {"dataPlane": {"startupSeconds": 7, "replicas": 2}}
+    for values, seconds in ((LAPTOP, 300), ({}, 3600), (few, 7)):
+        rendered = render(values)
+        engines = rendered.get("StatefulSet", "quire-data-plane")["spec"]
+        probe = engines["template"]["spec"]["containers"][0]["startupProbe"]
+        assert seconds <= probe["failureThreshold"] * probe["periodSeconds"] < seconds + 5
+        control = rendered.get("Deployment", "quire-control-plane")["spec"]
+        assert control["progressDeadlineSeconds"] == seconds + 600
+        assert engines.get("minReadySeconds", 0) == (30 if engines["replicas"] > 1 else 0)
+
+
+def test_workloads_take_annotations_for_those_who_restart_them() -> None:
+    rendered = case("placement")
+    for kind, component in (("Deployment", "control-plane"), ("StatefulSet", "data-plane")):
+        metadata = rendered.get(kind, f"quire-{component}")["metadata"]
+        assert metadata["annotations"] == {"reloader.example/auto": "true"}
+
+
+def test_replicas_tell_each_other_the_address_of_their_pod() -> None:
+    rendered = case("defaults")
+    pod = rendered.get("Deployment", "quire-control-plane")["spec"]["template"]["spec"]
+    environment = {each["name"]: each for each in pod["containers"][0]["env"]}
+    assert environment["QUIRE_ADVERTISE"]["value"] == "$(POD_IP):7401"
+    assert environment["POD_IP"]["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert rendered.settings("control-plane")["listen"] == "0.0.0.0:7401"
+    # Only what stands before it is put in.
+    assert list(environment).index("POD_IP") < list(environment).index("QUIRE_ADVERTISE")
+
+
+def test_helm_test_shows_what_it_is_given() -> None:
+    def pod(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        (found,) = (pod["spec"] for component, pod in case(name).pods() if component == "test")
+        return found, {each["name"]: each for each in found["volumes"]}
+
+    for name, secret, key in (
+        ("access", "tester", "token"),
+        ("callers without certificates", "tester", "bearer"),
+    ):
+        (token,) = pod(name)[0]["containers"][0]["env"]
+        assert token["name"] == "QUIRE_TOKEN"
+        assert token["valueFrom"] == {"secretKeyRef": {"name": secret, "key": key}}
+    assert "env" not in pod("defaults")[0]["containers"][0]
+    for name, flags in (
+        ("tls of secrets", {"--tls-ca", "--tls-certificate", "--tls-key"}),
+        ("callers without certificates", {"--tls-ca"}),
+    ):
+        spec, volumes = pod(name)
+        (container,) = spec["containers"]
+        files = {
+            flag: path
+            for flag, _, path in (word.partition("=") for word in container["command"])
+            if flag.startswith("--tls")
+        }
+        assert files.keys() == flags
+        (mount,) = (each for each in container["volumeMounts"] if each["name"] == "tls")
+        mounted = {item["path"] for item in volumes["tls"]["secret"]["items"]}
+        assert {f"{mount['mountPath']}/{path}" for path in mounted} == set(files.values())
+    assert pod("tls of secrets")[1]["tls"]["secret"]["secretName"] == SECRETS["client"]
+    # Nobody else's key.
+    tls = pod("callers without certificates")[1]["tls"]["secret"]
+    assert (tls["secretName"], [item["key"] for item in tls["items"]]) == ("a", ["ca.crt"])
+
+
+def test_redis_lets_hints_give_way_and_keeps_nothing_on_disk() -> None:
+    lines = case("laptop").get("ConfigMap", "quire-redis")["data"]["redis.conf"].splitlines()
+    said = dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
+    assert said["maxmemory-policy"] == "volatile-lru"
+    assert said["maxmemory"] == "32mb"
+    assert (said["save"], said["appendonly"]) == ('""', "no")
+
+
+def test_the_example_for_a_gpu_asks_for_its_nodes() -> None:
+    pod = case("h200").get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
+    # As NVIDIA's GPU feature discovery labels nodes.
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H200"}
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
 def test_memory_of_engines_counts_all_that_is_in_host_memory() -> None:
     def resources(name: str) -> dict[str, Any]:
         spec = case(name).get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
@@ -376,9 +619,38 @@ def test_the_model_is_mounted_for_reading_only() -> None:
             each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "model"
         )
         assert mount["readOnly"]
+        model = Path(case(name).settings("data-plane")["model"])
+        assert model.is_relative_to(mount["mountPath"])
     assert case("existing claim").settings("data-plane")["model"] == "/model/llama/8b"
     assert case("made claim").settings("data-plane")["model"] == "/model"
     assert "model" not in case("laptop").settings("data-plane")
+
+
+def test_a_made_claim_binds_to_a_volume_without_a_class() -> None:
+    def claim(values: dict[str, Any]) -> dict[str, Any]:
+        made = {"dataPlane": {"model": {"claim": {"create": True} | values}}}
+        return dict(render(made).get("PersistentVolumeClaim", "quire-model")["spec"])
+
+    assert claim({"volumeName": "models"})["storageClassName"] == ""
+    assert claim({"volumeName": "models", "storageClassName": "nfs"})["storageClassName"] == "nfs"
+    source = {"dataSourceRef": {"kind": "PersistentVolumeClaim", "name": "models"}}
+    assert "storageClassName" not in claim(source)
+
+
+def test_caches_may_outlive_pods() -> None:
+    engines = case("claims for caches").get("StatefulSet", "quire-data-plane")["spec"]
+    (claim,) = engines["volumeClaimTemplates"]
+    assert claim["spec"]["storageClassName"] == "fast"
+    assert claim["spec"]["resources"] == {"requests": {"storage": "10Gi"}}
+    assert engines["persistentVolumeClaimRetentionPolicy"] == {
+        "whenDeleted": "Delete",
+        "whenScaled": "Delete",
+    }
+    # Nobody may change it, so nothing in it follows values that have nothing to do with it.
+    other = render(CASES["claims for caches"], {"commonLabels": {"team": "serving"}})
+    after = other.get("StatefulSet", "quire-data-plane")["spec"]
+    assert after["volumeClaimTemplates"] == [claim]
+    assert "helm.sh/chart" not in claim["metadata"]["labels"]
 
 
 def test_pods_change_with_their_settings_and_not_with_the_charts_version() -> None:
@@ -503,6 +775,16 @@ def test_pods_satisfy_the_restricted_standard(name: str) -> None:
             assert "memory" in container["resources"]["limits"]
 
 
+def test_pods_run_as_the_values_say() -> None:
+    rendered = render({"securityContext": {"runAsUser": 4321, "fsGroup": 8765}})
+    for component, pod in rendered.pods():
+        context = pod["spec"]["securityContext"]
+        users = (context["runAsUser"], context["runAsGroup"], context["fsGroup"])
+        assert users == ((999,) * 3 if component == "redis" else (4321, 4321, 8765))
+    for _, pod in case("platform's users").pods():
+        assert not pod["spec"]["securityContext"].keys() & {"runAsUser", "runAsGroup", "fsGroup"}
+
+
 def test_what_libraries_write_goes_into_volumes() -> None:
     pod = case("defaults").get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -523,7 +805,11 @@ def test_what_libraries_write_goes_into_volumes() -> None:
 
 # Who may reach whom.
 
-PORTS = (53, 6379, 7401, 7402, 7403, 7411, 7413, 9090, 9091)
+Port = tuple[int, str]
+PORTS: list[Port] = [
+    *itertools.product((53, 5353), ("UDP", "TCP")),
+    *((port, "TCP") for port in (6379, 7401, 7402, 7403, 7411, 7413, 9090, 9091)),
+]
 POD_NAMES = {
     "control-plane": "control plane",
     "data-plane": "data plane",
@@ -545,11 +831,11 @@ def selects(selector: dict[str, Any], labels: Mapping[str, str]) -> bool:
     return selector.get("matchLabels", {}).items() <= labels.items()
 
 
-def admits(rules: list[Any], side: str, actor: tuple[str, dict[str, str]], port: int) -> bool:
+def admits(rules: list[Any], side: str, actor: tuple[str, dict[str, str]], port: Port) -> bool:
     """Whether one of a policy's rules lets an actor through at a port."""
     namespace, labels = actor
     for rule in rules:
-        if port not in {each["port"] for each in rule["ports"]}:
+        if port not in {(each["port"], each.get("protocol", "TCP")) for each in rule["ports"]}:
             continue
         if side not in rule:
             return True
@@ -567,7 +853,7 @@ def admits(rules: list[Any], side: str, actor: tuple[str, dict[str, str]], port:
     return False
 
 
-def reachable(rendered: Rendered) -> set[tuple[str, str, int]]:
+def reachable(rendered: Rendered) -> set[tuple[str, str, Port]]:
     """All (source, target, port) that the policies let through."""
     policies = [each["spec"] for each in rendered.all("NetworkPolicy")]
     actors = OUTSIDERS | {
@@ -575,7 +861,7 @@ def reachable(rendered: Rendered) -> set[tuple[str, str, int]]:
         for component, pod in rendered.pods()
     }
 
-    def allowed(one: str, other: str, port: int, side: str, kind: str) -> bool:
+    def allowed(one: str, other: str, port: Port, side: str, kind: str) -> bool:
         """Whether policies for `one` let it talk with `other`."""
         own = [
             policy
@@ -607,12 +893,14 @@ def reachable(rendered: Rendered) -> set[tuple[str, str, int]]:
 def test_who_may_reach_whom_is_as_documented() -> None:
     text = (ROOT / "docs" / "kubernetes.md").read_text()
     documented = {
-        (source, target, int(port))
-        for source, target, port in re.findall(
-            r"^\| ([^|]+?) \| ([^|]+?) \| (\d+) \| [^|]+ \|$",
+        (source, target, (int(port), protocol))
+        for source, target, ports in re.findall(
+            r"^\| ([^|]+?) \| ([^|]+?) \| (\d[^|]*) \| [^|]+ \|$",
             section(text, "## Who may reach whom"),
             re.M,
         )
+        for port in re.findall(r"\d+", ports)
+        for protocol in re.findall("UDP|TCP", ports) or ["TCP"]
     }
     policies = {
         "networkPolicy": {
@@ -625,22 +913,61 @@ def test_who_may_reach_whom_is_as_documented() -> None:
 
 def test_by_default_nobody_operates_and_an_engine_calls_nobody() -> None:
     reached = reachable(case("defaults"))
-    assert not [each for each in reached if each[2] in (7402, 9090, 9091)]
+    assert not [each for each in reached if each[2][0] in (7402, 9090, 9091)]
     assert not [each for each in reached if each[0] in ("data plane", "Redis")]
-    assert {source for source, _, port in reached if port == 7411} == {"control plane"}
-    assert {source for source, _, port in reached if port == 6379} == {"control plane"}
+    assert {source for source, _, (port, _) in reached if port == 7411} == {"control plane"}
+    assert {source for source, _, (port, _) in reached if port == 6379} == {"control plane"}
     assert not case("no policies").all("NetworkPolicy")
 
 
 def test_health_can_be_kept_from_others_too() -> None:
     reached = reachable(case("all policies"))
-    assert not [each for each in reached if each[2] in (7403, 7413)]
+    assert not [each for each in reached if each[2][0] in (7403, 7413)]
 
 
 def test_an_external_redis_is_reached_at_its_port() -> None:
     policy = case("external redis").get("NetworkPolicy", "quire-control-plane")
     ports = [rule["ports"][0]["port"] for rule in policy["spec"]["egress"]]
     assert ports == [53, 7401, 7411, 6380]
+
+
+# What the documentation tells to type.
+
+
+def test_the_laptops_commands_fit_together() -> None:
+    page = section((ROOT / "docs/kubernetes.md").read_text(), "## Install")
+    text = re.findall(r"^```sh\n(.*?)^```", page, re.M | re.S)[0]
+    lines = [shlex.split(line) for line in text.splitlines()]
+    built = {}
+    for line in lines:
+        if line[:2] == ["docker", "build"]:
+            assert line[-1] == "."
+            given = dict(zip(line[2:-1:2], line[3:-1:2], strict=True))
+            file = (ROOT / given["--file"]).read_text()
+            built[given["--tag"]] = given["--file"]
+            if "--build-arg" in given:
+                assert f"\nARG {given['--build-arg'].partition('=')[0]}=" in file
+    (loaded,) = (line[3:] for line in lines if line[:3] == ["kind", "load", "docker-image"])
+    (installed,) = (line for line in lines if line[:2] == ["helm", "install"])
+    name, folder = installed[2:4]
+    assert ROOT / folder == CHART
+    values = yaml.safe_load((ROOT / installed[installed.index("--values") + 1]).read_text())
+    namespace = installed[installed.index("--namespace") + 1]
+    rendered = render(values, name=name, namespace=namespace)
+    images = {
+        component: container["image"]
+        for component, pod in rendered.pods()
+        for container in pod["spec"]["containers"]
+        if component.endswith("plane")
+    }
+    assert built == {image: f"Containerfile.{component}" for component, image in images.items()}
+    assert set(loaded) == set(built)
+    for line in lines:
+        if line[0] in ("kubectl", "helm"):
+            assert line[line.index("--namespace") + 1] == namespace
+        if "status" in line:
+            kind, _, workload = line[line.index("status") + 1].partition("/")
+            assert rendered.get(kind.capitalize(), workload)
 
 
 # What is watched.
@@ -654,14 +981,35 @@ def metric_names() -> set[str]:
     return names | parts
 
 
-def test_alerts_and_dashboard_use_metrics_that_there_are() -> None:
-    rendered = case("monitoring")
-    rules = rendered.get("PrometheusRule", "quire-control-plane")["spec"]["groups"][0]["rules"]
-    (dashboard,) = (
-        json.loads(each["data"]["quire.json"])
+def dashboard_of(rendered: Rendered) -> tuple[str, dict[str, Any]]:
+    """The dashboard's file: its name, and what it says."""
+    (data,) = (
+        each["data"]
         for each in rendered.all("ConfigMap")
         if "grafana_dashboard" in each["metadata"]["labels"]
     )
+    ((name, text),) = data.items()
+    return name, json.loads(text)
+
+
+def test_dashboards_of_releases_do_not_replace_each_other() -> None:
+    places = (("quire", "a"), ("quire", "b"), ("quire-2", "a"))
+    found = [
+        dashboard_of(render(MONITORED, name=name, namespace=namespace))
+        for name, namespace in places
+    ]
+    assert len({name for name, _ in found}) == len(places)
+    for key in ("uid", "title"):
+        assert len({dashboard[key] for _, dashboard in found}) == len(places)
+    assert found[0][1]["title"] == "Quire: a/quire"
+    # Grafana takes no longer one.
+    assert all(re.fullmatch("[a-z0-9-]{1,40}", dashboard["uid"]) for _, dashboard in found)
+
+
+def test_alerts_and_dashboard_use_metrics_that_there_are() -> None:
+    rendered = case("monitoring")
+    rules = rendered.get("PrometheusRule", "quire-control-plane")["spec"]["groups"][0]["rules"]
+    _, dashboard = dashboard_of(rendered)
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     expressions = [rule["expr"] for rule in rules] + queries
     for expression in expressions:
@@ -695,11 +1043,18 @@ def test_monitors_find_ports_that_there_are() -> None:
     pods = rendered.get("PodMonitor", "quire-data-plane")["spec"]
     engines = rendered.get("StatefulSet", "quire-data-plane")["spec"]["template"]
     assert selects(pods["selector"], engines["metadata"]["labels"])
-    ports = engines["spec"]["containers"][0]["ports"]
-    assert pods["podMetricsEndpoints"][0]["port"] in [port["name"] for port in ports]
-    for component in ("control-plane", "data-plane"):
-        metrics = rendered.settings(component)["metrics_port"]
-        assert metrics == {"control-plane": 9090, "data-plane": 9091}[component]
+    containers = {component: pod["spec"]["containers"][0] for component, pod in rendered.pods()}
+    for component, (endpoint,) in (
+        ("control-plane", services["endpoints"]),
+        ("data-plane", pods["podMetricsEndpoints"]),
+    ):
+        # What Prometheus takes where nothing is said.
+        assert endpoint.get("path", "/metrics") == "/metrics"
+        assert endpoint.get("scheme", "http") == "http"
+        ports = {each["name"]: each["containerPort"] for each in containers[component]["ports"]}
+        assert ports[endpoint["port"]] == rendered.settings(component)["metrics_port"]
+    for monitor in (services, pods):
+        assert monitor["namespaceSelector"] == {"matchNames": [NAMESPACE]}
 
 
 def test_services_lead_to_ports_that_containers_have() -> None:

@@ -1,13 +1,14 @@
-{{/* Begins the names of all objects; leaves room for "-control-plane-headless" and pods' numbers. */}}
+{{/* Begins the names of all objects; leaves room for "-control-plane-headless" and pods' numbers. Names of
+Services have no dots, names of releases may. */}}
 {{- define "quire.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride -}}
 {{- else -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- .Release.Name | replace "." "-" | trunc 40 | trimAll "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name $name | replace "." "-" | trunc 40 | trimAll "-" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -101,6 +102,17 @@ labels:
 {{/* What the prefix index needs of Redis, as rules of an ACL. Before 7.0 @connection had all of CLIENT. */}}
 {{- define "quire.redisRights" -}}
 resetkeys ~{{ include "quire.indexNamespace" . }}:* resetchannels -@all +@connection -client +client|setinfo +client|setname +eval +evalsha +smismember +sadd +srem +expire +unlink +get +incr +hset +hsetnx +hdel +hgetall +hincrby
+{{- end -}}
+
+{{/* Seconds of a duration, as 1h30m. */}}
+{{- define "quire.seconds" -}}
+{{- $sum := 0 -}}
+{{- range $unit, $seconds := dict "h" 3600 "m" 60 "s" 1 -}}
+{{- range regexFindAll (printf "[0-9]+%s" $unit) $ -1 -}}
+{{- $sum = add $sum (mul (trimSuffix $unit . | int64) $seconds) -}}
+{{- end -}}
+{{- end -}}
+{{- $sum -}}
 {{- end -}}
 
 {{/* Takes a dict: root, component, issuer, names, addresses. */}}

@@ -21,8 +21,13 @@
 {{- end }}
 {{- end -}}
 
+{{/* Policies see the port of the pod that answers, which on OpenShift is 5353. */}}
 {{- define "quire.dns" -}}
 - to:
     {{- toYaml .dnsTo | nindent 4 }}
-  ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
+  ports:
+    {{- range list 53 5353 }}
+    - {port: {{ . }}, protocol: UDP}
+    - {port: {{ . }}, protocol: TCP}
+    {{- end }}
 {{- end -}}
