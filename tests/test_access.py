@@ -496,7 +496,9 @@ def test_a_new_leader_knows_whose_a_request_is(llama: Model, tmp_path: Path) -> 
                 await led(former)
                 async with wire.channel(f"127.0.0.1:{former.ports[0]}") as channel:
                     stub = inference_pb2_grpc.InferenceServiceStub(channel)
-                    await stub.Generate(message, metadata=shows("search")).read()
+                    # Kept, since a call that nobody holds is cancelled.
+                    call = stub.Generate(message, metadata=shows("search"))
+                    await call.read()
                     await former.stop()
             async with running_replica([port], access=path) as replica:
                 await led(replica)

@@ -381,8 +381,7 @@ def test_hits_are_counted_once_when_another_replica_takes_over(llama: Model) -> 
                 await until_all_run(loops, 8)
                 while not all(answer.tokens for answer in answers):
                     await asyncio.sleep(0.001)
-                for generation in first.generations.all_running():
-                    generation.detach()
+                await first.stop()
                 await asyncio.gather(*tasks)
             async with running_replica([port]) as second:
                 await led(second)
