@@ -230,9 +230,10 @@ class Relay:
             async for data in call:
                 self._adrift.discard(progress.request_id)
                 event = pb.GenerateResponse.FromString(data)
+                # Asked before any of them are cut off.
+                may_change = bool(event.delta.prompt_logprobs)
                 if progress.take(event):
-                    changed = event.delta.prompt_logprobs
-                    await context.write(event if changed else data)
+                    await context.write(event if may_change else data)
         except grpc.aio.AioRpcError as error:
             raise _error_of(peer, error) from error
         except asyncio.CancelledError:

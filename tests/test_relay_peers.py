@@ -1,0 +1,139 @@
+"""What a relay does with peers of every kind: they are real servers that follow a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from control_plane.frontend import SERVICE
+from control_plane.relay import LEADS
+from control_plane.server import Replica
+from protos import wire
+from protos.inference.v1 import inference_pb2 as pb
+from tests.stack import Answer, Stack, running_replica
+
+# What a peer does with a call; it gets the number of the call, from 0.
+Script = Callable[[int, pb.GenerateRequest, wire.Context], Awaitable[None]]
+
+
+def event(**fields: Any) -> pb.GenerateResponse:
+    return pb.GenerateResponse(**fields)
+
+
+def accepted(message: pb.GenerateRequest) -> pb.GenerateResponse:
+    return event(accepted=pb.Accepted(request_id=message.request_id, engine_id="e"))
+
+
+USAGE = event(usage=pb.Usage(prompt_token_count=3))
+
+
+class ScriptedPeer:
+    """Another replica that leads an engine, as its health says from the start."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self.calls: list[pb.GenerateRequest] = []
+        self.cancels: list[pb.CancelRequest] = []
+        self.address = ""
+
+    async def _generate(self, message: pb.GenerateRequest, context: wire.Context) -> None:
+        self.calls.append(message)
+        await self._script(len(self.calls) - 1, message, context)
+
+    async def _cancel(self, message: pb.CancelRequest, context: wire.Context) -> pb.CancelResponse:
+        self.cancels.append(message)
+        await wire.abort(context, wire.failed(grpc.StatusCode.NOT_FOUND, "NO_GENERATION", "none"))
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[ScriptedPeer]:
+        server = wire.server()
+        handlers: dict[str, Any] = {
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self._generate,  # type: ignore[arg-type]
+                request_deserializer=pb.GenerateRequest.FromString,
+                response_serializer=pb.GenerateResponse.SerializeToString,
+            ),
+            "Cancel": grpc.unary_unary_rpc_method_handler(
+                self._cancel,  # type: ignore[arg-type]
+                request_deserializer=pb.CancelRequest.FromString,
+                response_serializer=pb.CancelResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        health = wire.add_health(server)
+        await health.set(LEADS, health_pb2.HealthCheckResponse.SERVING)
+        self.address = f"127.0.0.1:{wire.listen(server, '127.0.0.1:0', None)}"
+        await server.start()
+        try:
+            yield self
+        finally:
+            await server.stop(0)
+
+
+@asynccontextmanager
+async def follower(*addresses: str, **settings: Any) -> AsyncIterator[Stack]:
+    """A replica that takes all of these for leaders of engines."""
+    async with running_replica([], engines="", **settings) as replica:
+        follow(replica, *addresses)
+        stack = Stack(None, None, replica)  # type: ignore[arg-type]
+        try:
+            yield stack
+        finally:
+            await stack.channel.close()
+            await stack.admin_channel.close()
+
+
+def follow(replica: Replica, *addresses: str) -> None:
+    router: Any = replica.router
+    router.places = lambda _: list(addresses)
+    router.followed = lambda: set(addresses)
+    router.has_engine = lambda _: True
+    router.place_of = lambda _: addresses[0]
+
+
+def with_peers(
+    scripts: list[Script],
+    body: Callable[[Stack, list[ScriptedPeer]], Awaitable[None]],
+    **settings: Any,
+) -> None:
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            peers = [await stack.enter_async_context(ScriptedPeer(s).serving()) for s in scripts]
+            addresses = [peer.address for peer in peers]
+            await body(await stack.enter_async_context(follower(*addresses, **settings)), peers)
+
+    asyncio.run(main())
+
+
+def request(name: str = "", **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(request_id=name, token_ids=pb.TokenIds(ids=[1, 2, 3]), **fields)
+
+
+def scored(tokens: list[int], count: int) -> pb.GenerateResponse:
+    logprobs = [pb.TokenLogprob(token_id=i, logprob=-1.0) for i in range(count)]
+    return event(delta=pb.Delta(token_ids=tokens, prompt_logprobs=logprobs))
+
+
+def test_log_probabilities_of_the_prompt_come_once() -> None:
+    """Though the second stream brings them again, in one event with tokens that are new."""
+
+    async def script(number: int, message: pb.GenerateRequest, context: wire.Context) -> None:
+        await context.write(accepted(message))
+        if number == 0:
+            await context.write(scored([1], 5))
+            await wire.abort(context, wire.failed(grpc.StatusCode.UNAVAILABLE, "GONE", "gone"))
+        await context.write(scored([2, 3], 5))
+        await context.write(USAGE)
+
+    async def body(stack: Stack, peers: list[ScriptedPeer]) -> None:
+        answer: Answer = await stack.generate(request())
+        assert answer.ids == [1, 2, 3]
+        assert [each.token_id for each in answer.prompt_logprobs] == list(range(5))
+        assert len(peers[0].calls) == 2
+
+    with_peers([script], body)
