@@ -12,36 +12,27 @@ Knows grpc and pb2.
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from control_plane.peer import LEFT_SECONDS, WATCH_SECONDS, Peer
 from control_plane.progress import Progress
 from control_plane.router import HERE, Router
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
 
-log = logging.getLogger(__name__)
-
-# Under this name a replica's health says whether it takes relayed calls: it leads an engine.
-LEADS = "quire.leads"
 # How long a call is tried again without any progress.
 RETRY_SECONDS = 30.0
 FIRST_WAIT, LONGEST_WAIT = 0.02, 0.25
 # How long it waits for the engine that it was accepted by to be led again, before any other.
 SAME_ENGINE_SECONDS = 2.0
-# After which a replica that leads nothing any more has ended its streams, if it is alive.
-LEFT_SECONDS = 2.0
-HEALTH_SECONDS = 1.0
-_WATCH_SECONDS = 0.1
 
 _RELAY, _TENANT, _AUTHORIZATION = "quire-relay", "quire-tenant", "authorization"
-_SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_DENIED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 
 Write: TypeAlias = Callable[[pb.GenerateResponse], Awaitable[None]]
 # Answers a request from here; raises wire.RpcError.
@@ -60,53 +51,6 @@ def relay_metadata(context: wire.Context, tenant: str) -> list[tuple[str, str | 
     return metadata + [(key, value) for key, value in given if key == _AUTHORIZATION]
 
 
-class _Peer:
-    """Another replica's inference API.
-
-    Attributes:
-        answers: it leads an engine, and said so lately.
-        left: it leads no engine any more that is known here.
-    """
-
-    def __init__(self, address: str, tls: wire.Tls | None) -> None:
-        self.address = address
-        self.answers, self.left = False, False
-        self.led_at = time.monotonic()
-        self.calls: set[grpc.aio.Call] = set()
-        self._channel = channel = wire.channel(address, tls)
-        # What comes back stays bytes: it is handed on as it is.
-        self.generate: Any = channel.unary_stream(
-            f"/{_SERVICE}/Generate", request_serializer=pb.GenerateRequest.SerializeToString
-        )
-        self.cancel: Any = channel.unary_unary(
-            f"/{_SERVICE}/Cancel",
-            request_serializer=pb.CancelRequest.SerializeToString,
-            response_deserializer=pb.CancelResponse.FromString,
-        )
-        self._health: Any = health_pb2_grpc.HealthStub(channel)
-        self._watching = asyncio.create_task(self._watch())
-
-    async def _watch(self) -> None:
-        """Keeps the connection, and finds out whether relayed calls would be answered."""
-        question = health_pb2.HealthCheckRequest(service=LEADS)
-        while True:
-            try:
-                answer = await self._health.Check(question, timeout=HEALTH_SECONDS)
-                self.answers = answer.status == health_pb2.HealthCheckResponse.SERVING
-            except grpc.aio.AioRpcError:
-                self.answers = False
-            await asyncio.sleep(HEALTH_SECONDS if self.answers else _WATCH_SECONDS)
-
-    async def close(self) -> None:
-        """Cuts what calls there are; each goes on elsewhere."""
-        self.left = True
-        self._watching.cancel()
-        for call in list(self.calls):
-            call.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
-        await self._channel.close(LEFT_SECONDS)
-
-
 class Relay:
     """The calls of this replica's clients, wherever they are answered.
 
@@ -117,7 +61,7 @@ class Relay:
 
     def __init__(self, router: Router, tls: wire.Tls | None) -> None:
         self._router, self._tls = router, tls
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[str, Peer] = {}
         # Requests whose stream has broken, and has not gone on yet.
         self._adrift: set[str] = set()
         self.running = 0
@@ -141,14 +85,14 @@ class Relay:
                         # If it is alive it has ended its streams; if not, nobody else will.
                         del self._peers[peer.address]
                         await peer.close()
-                await asyncio.sleep(_WATCH_SECONDS)
+                await asyncio.sleep(WATCH_SECONDS)
         finally:
             peers, self._peers = list(self._peers.values()), {}
             await asyncio.gather(*(peer.close() for peer in peers))
 
-    def _peer(self, address: str) -> _Peer:
+    def _peer(self, address: str) -> Peer:
         if address not in self._peers:
-            self._peers[address] = _Peer(address, self._tls)
+            self._peers[address] = Peer(address, self._tls)
         return self._peers[address]
 
     # Generate.
@@ -235,15 +179,22 @@ class Relay:
                 if progress.take(event):
                     await context.write(event if may_change else data)
         except grpc.aio.AioRpcError as error:
-            raise _error_of(peer, error) from error
+            raise self._told(peer, context, peer.error(error)) from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not peer.left or (task is not None and task.cancelling()):
                 raise
-            raise _gone(peer, "it leads no engine any more") from None
+            raise peer.gone("it leads no engine any more") from None
         finally:
             peer.calls.discard(call)
             call.cancel()
+
+    def _told(self, peer: Peer, context: wire.Context, error: wire.RpcError) -> wire.RpcError:
+        """The same error, after a line in the log if it is this replica that was denied."""
+        own = any(key == _AUTHORIZATION for key, _ in context.invocation_metadata() or ())
+        if error.code in _DENIED and not own:
+            peer.denied(error)
+        return error
 
     # Cancel.
 
@@ -284,7 +235,7 @@ class Relay:
                 metadata=relay_metadata(context, tenant),
             )
         except grpc.aio.AioRpcError as error:
-            raise _error_of(peer, error) from error
+            raise peer.error(error) from error
 
 
 # Ends a generation that runs here; raises wire.RpcError.
@@ -321,18 +272,3 @@ class _Patience:
         self._attempts += 1
         # Spread, so that the calls of a dead leader do not all come back at once.
         await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311
-
-
-def _error_of(peer: _Peer, error: grpc.aio.AioRpcError) -> wire.RpcError:
-    code = error.code()
-    # A server that stops cancels its calls; one that is gone has said nothing.
-    if code is grpc.StatusCode.CANCELLED or (
-        code is grpc.StatusCode.UNAVAILABLE and not wire.error_details(error)
-    ):
-        return _gone(peer, str(error.details()))
-    return wire.passed_on(error)
-
-
-def _gone(peer: _Peer, how: str) -> wire.RpcError:
-    sentence = f"the replica at {peer.address} that leads the engine does not answer: {how}"
-    return wire.failed(grpc.StatusCode.UNAVAILABLE, "LEADER_GONE", sentence)

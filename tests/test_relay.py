@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from control_plane import relay
 from control_plane.frontend import Frontend
 from control_plane.leader import LeaderState
+from control_plane.peer import LEADS
 from control_plane.server import Replica
 from data_plane.engine import Engine, EngineSizes
 from data_plane.model import Model
@@ -126,7 +127,7 @@ def test_a_follower_answers_as_the_leader_does(llama: Model, llama_directory: Pa
         async with asyncio.timeout(5):
             while not await is_serving(pair.follower.address):
                 await asyncio.sleep(0.05)
-        assert not await is_serving(pair.follower.address, relay.LEADS)
+        assert not await is_serving(pair.follower.address, LEADS)
         for name, message in KINDS.items():
             # The second one finds its prompt in the cache, wherever it is sent.
             await pair.leader.generate(message)

@@ -8,13 +8,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2
 
+from control_plane.access import Access, Caller, Role
 from control_plane.frontend import SERVICE
-from control_plane.relay import LEADS
+from control_plane.peer import LEADS
 from control_plane.server import Replica
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
+from tests.processes import free_port
 from tests.stack import Answer, Stack, running_replica
 
 # What a peer does with a call; it gets the number of the call, from 0.
@@ -54,12 +57,12 @@ class ScriptedPeer:
         server = wire.server()
         handlers: dict[str, Any] = {
             "Generate": grpc.unary_stream_rpc_method_handler(
-                self._generate,  # type: ignore[arg-type]
+                self._generate,
                 request_deserializer=pb.GenerateRequest.FromString,
                 response_serializer=pb.GenerateResponse.SerializeToString,
             ),
             "Cancel": grpc.unary_unary_rpc_method_handler(
-                self._cancel,  # type: ignore[arg-type]
+                self._cancel,
                 request_deserializer=pb.CancelRequest.FromString,
                 response_serializer=pb.CancelResponse.SerializeToString,
             ),
@@ -137,3 +140,62 @@ def test_log_probabilities_of_the_prompt_come_once() -> None:
         assert len(peers[0].calls) == 2
 
     with_peers([script], body)
+
+
+def lines(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if text in record.getMessage()]
+
+
+def test_why_a_peer_is_not_reached_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    port = free_port()
+
+    async def main() -> None:
+        async with follower(f"127.0.0.1:{port}"):
+            async with asyncio.timeout(10):
+                while not lines(caplog, "is not reached"):
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)
+
+    asyncio.run(main())
+    (line,) = lines(caplog, "is not reached")
+    assert f"127.0.0.1:{port}" in line and "UNAVAILABLE" in line
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_relay_that_may_not_pass_calls_on_says_which_role_it_needs(
+    own: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But not where it was the client's own token that was refused."""
+
+    async def script(_: int, __: pb.GenerateRequest, context: wire.Context) -> None:
+        await wire.abort(context, wire.failed(grpc.StatusCode.PERMISSION_DENIED, "R", "no role"))
+
+    async def body(stack: Stack, _: list[ScriptedPeer]) -> None:
+        for _attempt in range(2):
+            call = stack.stub.Generate(request(), metadata=wire.bearer("x" if own else ""))
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call.read()
+            assert await call.code() is grpc.StatusCode.PERMISSION_DENIED
+
+    def nobody(self: Access, tokens: list[str], names: list[str]) -> Caller:
+        return Caller("", "", frozenset({Role.GENERATE}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Access, "identify", nobody)
+        with_peers([script], body)
+    assert len(lines(caplog, "needs the role relay")) == (0 if own else 1)
+
+
+@pytest.mark.parametrize(
+    ("advertise", "warned"), [("", True), ("[::]:7401", True), ("127.0.0.1:7401", False)]
+)
+def test_an_address_that_others_cannot_call_is_warned_of(
+    advertise: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        listen = f"0.0.0.0:{free_port()}"
+        async with running_replica([], engines="", listen=listen, advertise=advertise):
+            pass
+
+    asyncio.run(main())
+    assert bool(lines(caplog, "other replicas cannot reach this one")) is warned
