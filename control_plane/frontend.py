@@ -32,7 +32,7 @@ from control_plane.overload import UNKNOWN
 from control_plane.plan import Logprob
 from control_plane.prompts import LONG_PROMPT, tokenise
 from control_plane.records import NOT_SHARED, SharedPrefix
-from control_plane.relay import Relay, Write, is_relayed
+from control_plane.relay import QUEUE_FULL, Relay, Write, is_relayed
 from control_plane.request import FinishReason, Request, pool_room
 from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
 from control_plane.scheduler import NeverFits
@@ -250,7 +250,7 @@ class Frontend:
         except NeverFits as error:
             raise wire.bad_field("prompt", str(error)) from error
         except QueueFull as error:
-            raise wire.overloaded(str(error), loop.retry_seconds(error)) from error
+            raise wire.overloaded(str(error), loop.retry_seconds(error), QUEUE_FULL) from error
         self._generations.add(generation)
 
     # Streaming.

@@ -12,13 +12,16 @@ Knows grpc and pb2.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
 import grpc
 
+from control_plane.generation import Key
 from control_plane.peer import LEFT_SECONDS, WATCH_SECONDS, Peer
 from control_plane.progress import Progress
 from control_plane.router import HERE, Router
@@ -27,6 +30,8 @@ from protos.inference.v1 import inference_pb2 as pb
 
 # How long a call is tried again without any progress.
 RETRY_SECONDS = 30.0
+# The reason of an error that another place may be free of.
+QUEUE_FULL = "QUEUE_FULL"
 FIRST_WAIT, LONGEST_WAIT = 0.02, 0.25
 # How long it waits for the engine that it was accepted by to be led again, before any other.
 SAME_ENGINE_SECONDS = 2.0
@@ -62,8 +67,7 @@ class Relay:
     def __init__(self, router: Router, tls: wire.Tls | None) -> None:
         self._router, self._tls = router, tls
         self._peers: dict[str, Peer] = {}
-        # Requests whose stream has broken, and has not gone on yet.
-        self._adrift: set[str] = set()
+        self._adrift = _Adrift()
         self.running = 0
         self.stopping = False
 
@@ -105,49 +109,90 @@ class Relay:
         Raises:
             RpcError: it is refused, or nobody has answered it for some time.
         """
-        progress = Progress(message)
-        patience = _Patience(progress)
-        failed: str | None = None
-
-        async def write(event: pb.GenerateResponse) -> None:
-            self._adrift.discard(progress.request_id)
-            if progress.take(event):
-                await context.write(event)
-
+        call = _Call(message, context, tenant)
         self.running += 1
         try:
-            while True:
-                address = self._place(message.model, progress, patience, failed)
-                try:
-                    if address == HERE:
-                        await local(progress.resume(), write)
-                    else:
-                        await self._pass_on(address, progress, context, tenant)
-                    return
-                except wire.RpcError as error:
-                    if progress.complete:
-                        return
-                    if not self._may_go_on(message.model, address, error):
-                        raise
-                    self._adrift.add(progress.request_id)
-                    failed = address
-                    await patience.wait(error)
+            await self._answer(call, local)
         finally:
             self.running -= 1
-            self._adrift.discard(progress.request_id)
+            self._adrift.discard(call)
 
-    def _place(
-        self, model: str, progress: Progress, patience: _Patience, failed: str | None
-    ) -> str:
-        """Where to try next, after it has `failed` somewhere."""
-        if progress.engine_id and patience.failing_seconds < SAME_ENGINE_SECONDS:
+    async def _answer(self, call: _Call, local: Local) -> None:
+        async def write(event: pb.GenerateResponse) -> None:
+            self._goes_on(call)
+            if call.progress.take(event):
+                await call.context.write(event)
+
+        while True:
+            address = self._place(call)
+            try:
+                if address == HERE:
+                    await local(call.progress.resume(), write)
+                else:
+                    await self._pass_on(address, call)
+                return
+            except wire.RpcError as error:
+                if call.progress.complete:
+                    return
+                await self._failed(call, address, error)
+
+    def _goes_on(self, call: _Call) -> None:
+        """Somebody answers it."""
+        self._adrift.discard(call)
+        call.full = None
+
+    def _place(self, call: _Call) -> str:
+        """Where to try next: where it has not failed yet, and where somebody answers."""
+        if call.full is not None:
+            return self._others(call)[0]
+        progress = call.progress
+        if progress.engine_id and call.patience.failing_seconds < SAME_ENGINE_SECONDS:
             # What was computed is there.
             place = self._router.place_of(progress.engine_id)
             if place is not None:
                 return place
-        places = self._router.places(model)
-        following = places.index(failed) + 1 if failed in places else 0
-        return places[following % len(places)]
+        places = self._ranked(call, self._router.places(call.model))
+        willing = [place for place in places if place == HERE or self._may_answer(place)] or places
+        untried = [place for place in willing if place not in call.failed]
+        if not untried:
+            call.failed.clear()
+        return (untried or willing)[0]
+
+    def _others(self, call: _Call) -> list[str]:
+        """Replicas that answer, for a call for which a queue had no room."""
+        elsewhere = self._ranked(call, self._router.elsewhere(call.model))
+        return [each for each in elsewhere if self._peer(each).answers and each not in call.failed]
+
+    def _ranked(self, call: _Call, places: list[str]) -> list[str]:
+        """Those that answer first, in an order that is the same for each call with this id.
+
+        So the calls are spread, and whoever comes back finds what it left, by whatever replica.
+        """
+
+        def rank(place: str) -> tuple[bool, bool, bytes]:
+            drawn = hashlib.blake2b("\0".join((*call.key, place)).encode(), digest_size=8).digest()
+            return place == HERE, place != HERE and not self._peer(place).answers, drawn
+
+        return sorted(places, key=rank)
+
+    def _may_answer(self, address: str) -> bool:
+        return self._peer(address).answers is not False
+
+    async def _failed(self, call: _Call, address: str, error: wire.RpcError) -> None:
+        """Returns when and if another attempt may be answered better; raises the error if not."""
+        call.failed.add(address)
+        full = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        full = full and QUEUE_FULL in wire.reasons(error.details)
+        if (full or call.full is not None) and not self.stopping:
+            # Once at each of the others, without waiting.
+            call.full = call.full or error
+            if not self._others(call):
+                raise call.full
+            return
+        if not self._may_go_on(call.model, address, error):
+            raise error
+        self._adrift.add(call)
+        await call.patience.wait(error)
 
     def _may_go_on(self, model: str, address: str, error: wire.RpcError) -> bool:
         """Whether another attempt may be answered better."""
@@ -155,24 +200,22 @@ class Relay:
             return False
         return address != HERE or self._router.has_engine(model)
 
-    async def _pass_on(
-        self, address: str, progress: Progress, context: wire.Context, tenant: str
-    ) -> None:
+    async def _pass_on(self, address: str, call: _Call) -> None:
         """Streams a leader's answer.
 
         Raises:
             RpcError: what it ended with; UNAVAILABLE if the leader is gone.
         """
-        peer = self._peer(address)
-        call = peer.generate(
+        peer, progress, context = self._peer(address), call.progress, call.context
+        stream = peer.generate(
             progress.resume(),
             timeout=context.time_remaining(),
-            metadata=relay_metadata(context, tenant),
+            metadata=relay_metadata(context, call.tenant),
         )
-        peer.calls.add(call)
+        peer.calls.add(stream)
         try:
-            async for data in call:
-                self._adrift.discard(progress.request_id)
+            async for data in stream:
+                self._goes_on(call)
                 event = pb.GenerateResponse.FromString(data)
                 # Asked before any of them are cut off.
                 may_change = bool(event.delta.prompt_logprobs)
@@ -186,8 +229,8 @@ class Relay:
                 raise
             raise peer.gone("it leads no engine any more") from None
         finally:
-            peer.calls.discard(call)
-            call.cancel()
+            peer.calls.discard(stream)
+            stream.cancel()
 
     def _told(self, peer: Peer, context: wire.Context, error: wire.RpcError) -> wire.RpcError:
         """The same error, after a line in the log if it is this replica that was denied."""
@@ -219,7 +262,7 @@ class Relay:
                 except wire.RpcError as error:
                     errors.append(error)
             lost = [each for each in errors if each.code is not grpc.StatusCode.NOT_FOUND]
-            if self.stopping or not (lost or message.request_id in self._adrift):
+            if self.stopping or not (lost or (tenant, message.request_id) in self._adrift):
                 raise errors[0]
             # It may be on its way from one leader to the next.
             await patience.wait((lost or errors)[0])
@@ -240,6 +283,46 @@ class Relay:
 
 # Ends a generation that runs here; raises wire.RpcError.
 LocalCancel: TypeAlias = Callable[[str], None]
+
+
+class _Call:
+    """A client's call, wherever it has been.
+
+    Attributes:
+        failed: places that did not answer it lately.
+        full: the first place's error, if its queue has had no room since the call last went on.
+    """
+
+    def __init__(self, message: pb.GenerateRequest, context: wire.Context, tenant: str) -> None:
+        self.model, self.context, self.tenant = message.model, context, tenant
+        self.progress = Progress(message)
+        self.patience = _Patience(self.progress)
+        self.key: Key = tenant, self.progress.request_id
+        self.failed: set[str] = set()
+        self.full: wire.RpcError | None = None
+
+
+class _Adrift:
+    """Calls whose stream has broken, and has not gone on yet; several may have one key."""
+
+    def __init__(self) -> None:
+        self._calls: set[_Call] = set()
+        self._keys: Counter[Key] = Counter()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._keys
+
+    def add(self, call: _Call) -> None:
+        if call not in self._calls:
+            self._calls.add(call)
+            self._keys[call.key] += 1
+
+    def discard(self, call: _Call) -> None:
+        if call in self._calls:
+            self._calls.remove(call)
+            self._keys[call.key] -= 1
+            if not self._keys[call.key]:
+                del self._keys[call.key]
 
 
 class _Patience:

@@ -246,7 +246,8 @@ class PassedOn(RpcError):
 def passed_on(error: grpc.aio.AioRpcError) -> PassedOn:
     """The error that another call ended with, with all of its details, known or not."""
     whole = rpc_status.from_call(error)  # type: ignore[arg-type]
-    return PassedOn(error.code(), error.details() or error.code().name, whole=whole)
+    sentence = error.details() or error.code().name
+    return PassedOn(error.code(), sentence, tuple(error_details(error)), whole)
 
 
 async def abort(context: Context, error: RpcError) -> NoReturn:

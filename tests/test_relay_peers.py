@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -11,14 +13,19 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from control_plane import relay
 from control_plane.access import Access, Caller, Role
 from control_plane.frontend import SERVICE
 from control_plane.peer import LEADS
 from control_plane.server import Replica
+from data_plane.engine import Engine, EngineSizes
+from data_plane.model import Model
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
+from protos.inference.v1 import inference_pb2_grpc
 from tests.processes import free_port
-from tests.stack import Answer, Stack, running_replica
+from tests.stack import Answer, Stack, failure, led, running_engine, running_replica
+from tests.test_relay import long_request, own_port, until
 
 # What a peer does with a call; it gets the number of the call, from 0.
 Script = Callable[[int, pb.GenerateRequest, wire.Context], Awaitable[None]]
@@ -94,6 +101,7 @@ async def follower(*addresses: str, **settings: Any) -> AsyncIterator[Stack]:
 def follow(replica: Replica, *addresses: str) -> None:
     router: Any = replica.router
     router.places = lambda _: list(addresses)
+    router.elsewhere = router.places
     router.followed = lambda: set(addresses)
     router.has_engine = lambda _: True
     router.place_of = lambda _: addresses[0]
@@ -199,3 +207,156 @@ def test_an_address_that_others_cannot_call_is_warned_of(
 
     asyncio.run(main())
     assert bool(lines(caplog, "other replicas cannot reach this one")) is warned
+
+
+def answering(name: str) -> Script:
+    async def script(_: int, message: pb.GenerateRequest, context: wire.Context) -> None:
+        taken = accepted(message)
+        taken.accepted.engine_id = name
+        await context.write(taken)
+        await context.write(USAGE)
+
+    return script
+
+
+async def full(_: int, __: pb.GenerateRequest, context: wire.Context) -> None:
+    await wire.abort(context, wire.overloaded("no room", 3.0, "QUEUE_FULL"))
+
+
+async def gone(_: int, __: pb.GenerateRequest, context: wire.Context) -> None:
+    await wire.abort(context, wire.failed(grpc.StatusCode.UNAVAILABLE, "GONE", "gone"))
+
+
+async def asked(stack: Stack, *addresses: str) -> None:
+    """Waits until these have said that they answer."""
+    peers = stack.replica.relay._peers
+    async with asyncio.timeout(10):
+        while not all(peer in peers and peers[peer].answers for peer in addresses):
+            await asyncio.sleep(0.01)
+
+
+def test_calls_are_spread_and_one_with_the_same_id_goes_to_the_same_peer() -> None:
+    async def body(stack: Stack, peers: list[ScriptedPeer]) -> None:
+        await asked(stack, *(peer.address for peer in peers))
+        for number in range(30):
+            engines = {
+                (await stack.generate(request(f"r{number}"))).accepted.engine_id for _ in range(2)
+            }
+            assert len(engines) == 1
+        assert all(len(peer.calls) >= 10 for peer in peers)
+
+    with_peers([answering("a"), answering("b")], body)
+
+
+def test_a_peer_that_does_not_answer_holds_no_call() -> None:
+    """It takes connections and says nothing, as a machine does that hangs."""
+
+    async def main() -> None:
+        hanging = f"127.0.0.1:{silent.getsockname()[1]}"
+        async with (
+            ScriptedPeer(answering("a")).serving() as peer,
+            follower(hanging, peer.address) as stack,
+        ):
+            await asked(stack, peer.address)
+            for number in range(10):
+                await stack.generate(request(f"r{number}"), timeout=2)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asyncio.run(main())
+
+
+def test_a_call_for_which_a_queue_has_no_room_tries_the_others_once() -> None:
+    async def body(stack: Stack, peers: list[ScriptedPeer]) -> None:
+        await asked(stack, *(peer.address for peer in peers))
+        for number in range(10):
+            answer = await stack.generate(request(f"r{number}"))
+            assert answer.accepted.engine_id == "b"
+        assert len(peers[1].calls) == 10 and 1 <= len(peers[0].calls) <= 10
+
+    with_peers([full, answering("b")], body)
+
+    async def all_full(stack: Stack, peers: list[ScriptedPeer]) -> None:
+        await asked(stack, *(peer.address for peer in peers))
+        for number in range(10):
+            error = await failure(stack.generate(request(f"r{number}")))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            info, retry = wire.error_details(error)
+            assert info.reason == "QUEUE_FULL"  # type: ignore[attr-defined]
+            assert retry.retry_delay.seconds == 3  # type: ignore[attr-defined]
+        assert [len(peer.calls) for peer in peers[:2]] == [10, 10]
+
+    with_peers([full, full], all_full)
+
+
+def test_a_queue_here_that_is_full_leaves_calls_to_others(llama: Model) -> None:
+    """Which lead other engines of the model."""
+
+    async def main() -> None:
+        sizes = EngineSizes(16, 512, 0, 1, 256, 1024)
+        async with AsyncExitStack() as stack:
+            ports = []
+            for name in ("e1", "e2"):
+                engine = running_engine(Engine(llama, sizes), None, engine_id=name)
+                ports.append((await stack.enter_async_context(engine))[1])
+            other = await stack.enter_async_context(own_port([ports[1]]))
+            await led(other)
+            here = await stack.enter_async_context(own_port(ports, max_waiting_requests=1))
+            await until(lambda: here.relay.reaches_a_leader)
+            async with wire.channel(f"127.0.0.1:{here.ports[0]}") as channel:
+                stub = inference_pb2_grpc.InferenceServiceStub(channel)
+
+                async def engine_of(number: int) -> str:
+                    answer = Answer()
+                    async for response in stub.Generate(long_request(f"r{number}"), timeout=60):
+                        answer.add(response)
+                    return answer.accepted.engine_id
+
+                engines = await asyncio.gather(*(engine_of(number) for number in range(6)))
+                assert {"e1", "e2"} == set(engines)
+
+    asyncio.run(main())
+
+
+def named_tenant(context: wire.Context) -> str:
+    return next(str(value) for key, value in context.invocation_metadata() or () if key == "tenant")
+
+
+async def cancelled(stack: Stack, name: str, tenant: str) -> float:
+    """How long it takes to say that there is no such generation."""
+    began = time.monotonic()
+    call = stack.stub.Cancel(pb.CancelRequest(request_id=name), metadata=(("tenant", tenant),))
+    error = await failure(call)
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    return time.monotonic() - began
+
+
+def test_that_a_request_is_adrift_is_its_tenants_own_affair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where several calls have its id, of which one ends."""
+    monkeypatch.setattr(relay, "RETRY_SECONDS", 1.5)
+
+    async def main() -> None:
+        async with ScriptedPeer(gone).serving() as peer, follower(peer.address) as stack:
+            replica = stack.replica
+            replica.frontend._tenant_of = named_tenant
+            await asked(stack, peer.address)
+            calls = [
+                stack.stub.Generate(request("job"), metadata=(("tenant", "a"),), timeout=20)
+                for _ in range(2)
+            ]
+            key = "a", "job"
+            async with asyncio.timeout(5):
+                while replica.relay._adrift._keys[key] < 2:
+                    await asyncio.sleep(0.01)
+            assert await cancelled(stack, "job", "b") < 0.5
+            calls[0].cancel()
+            async with asyncio.timeout(5):
+                while replica.relay.running == 2:
+                    await asyncio.sleep(0.01)
+            assert key in replica.relay._adrift
+            assert await cancelled(stack, "job", "a") > 0.5
+            assert await calls[1].code() is grpc.StatusCode.UNAVAILABLE
+            assert key not in replica.relay._adrift and not replica.relay._adrift._calls
+
+    asyncio.run(main())
