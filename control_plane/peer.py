@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -86,6 +87,13 @@ class Peer:
                 error.code.name,
                 error.sentence,
             )
+
+    async def say_farewell(
+        self, message: pb.CancelRequest, metadata: list[tuple[str, str | bytes]]
+    ) -> None:
+        """Says that the client of a generation has gone; if that gets lost, time will tell."""
+        with suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+            await self.cancel(message, timeout=LEFT_SECONDS, metadata=metadata)
 
     async def close(self) -> None:
         """Cuts what calls there are; each goes on elsewhere."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import random
 import time
 from collections import Counter
@@ -21,7 +22,8 @@ from typing import TypeAlias
 
 import grpc
 
-from control_plane.generation import Key
+from control_plane.generation import Key, WaitedTooLong, waiting_sentence
+from control_plane.overload import UNKNOWN
 from control_plane.peer import LEFT_SECONDS, WATCH_SECONDS, Peer
 from control_plane.progress import Progress
 from control_plane.router import HERE, Router
@@ -30,6 +32,8 @@ from protos.inference.v1 import inference_pb2 as pb
 
 # How long a call is tried again without any progress.
 RETRY_SECONDS = 30.0
+# How much later a relay's own limit on waiting comes than a leader's.
+LIMIT_SLACK_SECONDS = 0.25
 # The reason of an error that another place may be free of.
 QUEUE_FULL = "QUEUE_FULL"
 FIRST_WAIT, LONGEST_WAIT = 0.02, 0.25
@@ -37,6 +41,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.02, 0.25
 SAME_ENGINE_SECONDS = 2.0
 
 _RELAY, _TENANT, _AUTHORIZATION = "quire-relay", "quire-tenant", "authorization"
+_FAREWELL = "quire-farewell"
 _DENIED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 
 Write: TypeAlias = Callable[[pb.GenerateResponse], Awaitable[None]]
@@ -49,6 +54,14 @@ def is_relayed(context: wire.Context) -> bool:
     return any(key == _RELAY for key, _ in context.invocation_metadata() or ())
 
 
+def is_farewell(context: wire.Context) -> bool:
+    """Whether a relayed Cancel says only that the relay's own client has gone.
+
+    Others may read the same generation, so it ends when nobody does.
+    """
+    return any(key == _FAREWELL for key, _ in context.invocation_metadata() or ())
+
+
 def relay_metadata(context: wire.Context, tenant: str) -> list[tuple[str, str | bytes]]:
     """What a relayed call carries of the one that came: who calls, and for whom."""
     metadata: list[tuple[str, str | bytes]] = [(_RELAY, "1"), (_TENANT, tenant)]
@@ -59,15 +72,21 @@ def relay_metadata(context: wire.Context, tenant: str) -> list[tuple[str, str | 
 class Relay:
     """The calls of this replica's clients, wherever they are answered.
 
+    Args:
+        most_waiting: calls that no engine has taken and that wait for somebody who answers, at
+            most; for each engine.
+
     Attributes:
         running: calls in progress.
         stopping: no call is taken up any more.
     """
 
-    def __init__(self, router: Router, tls: wire.Tls | None) -> None:
-        self._router, self._tls = router, tls
+    def __init__(self, router: Router, tls: wire.Tls | None, most_waiting: int) -> None:
+        self._router, self._tls, self._most_waiting = router, tls, most_waiting
         self._peers: dict[str, Peer] = {}
         self._adrift = _Adrift()
+        # What leaders are told of clients that have gone.
+        self._farewells: set[asyncio.Task[None]] = set()
         self.running = 0
         self.stopping = False
 
@@ -102,20 +121,51 @@ class Relay:
     # Generate.
 
     async def generate(
-        self, message: pb.GenerateRequest, context: wire.Context, tenant: str, local: Local
+        self,
+        message: pb.GenerateRequest,
+        context: wire.Context,
+        tenant: str,
+        local: Local,
+        waiting_limit: float = math.inf,
     ) -> None:
         """Answers a client's call, here or at the leader, until it is done.
 
+        Args:
+            waiting_limit: seconds within which an engine must have taken it.
+
         Raises:
             RpcError: it is refused, or nobody has answered it for some time.
+            WaitedTooLong: no engine has taken it in time.
         """
-        call = _Call(message, context, tenant)
+        call = _Call(message, context, tenant, waiting_limit)
         self.running += 1
         try:
-            await self._answer(call, local)
+            async with call.timeout:
+                await self._answer(call, local)
+        except wire.RpcError as error:
+            if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._part(call)
+            raise
+        except BaseException as error:
+            # Its client has gone, or is sent away.
+            self._part(call)
+            if isinstance(error, TimeoutError) and call.timeout.expired():
+                raise call.waited_too_long() from error
+            raise
         finally:
             self.running -= 1
             self._adrift.discard(call)
+
+    def _part(self, call: _Call) -> None:
+        """Lets the leader know that a call has lost its client, not only its relay."""
+        peer = call.peer
+        if peer is None or peer.left or self.stopping or call.progress.complete:
+            return
+        message = pb.CancelRequest(request_id=call.progress.request_id)
+        metadata = [*relay_metadata(call.context, call.tenant), (_FAREWELL, "1")]
+        task = asyncio.create_task(peer.say_farewell(message, metadata))
+        self._farewells.add(task)
+        task.add_done_callback(self._farewells.discard)
 
     async def _answer(self, call: _Call, local: Local) -> None:
         async def write(event: pb.GenerateResponse) -> None:
@@ -127,8 +177,11 @@ class Relay:
             address = self._place(call)
             try:
                 if address == HERE:
+                    call.peer = None
+                    call.limit(on=False)  # Whoever has it in a queue sees to it.
                     await local(call.progress.resume(), write)
                 else:
+                    call.limit(on=True)
                     await self._pass_on(address, call)
                 return
             except wire.RpcError as error:
@@ -139,7 +192,8 @@ class Relay:
     def _goes_on(self, call: _Call) -> None:
         """Somebody answers it."""
         self._adrift.discard(call)
-        call.full = None
+        call.full, call.taken = None, True
+        call.limit(on=False)
 
     def _place(self, call: _Call) -> str:
         """Where to try next: where it has not failed yet, and where somebody answers."""
@@ -192,6 +246,11 @@ class Relay:
         if not self._may_go_on(call.model, address, error):
             raise error
         self._adrift.add(call)
+        most = self._most_waiting * max(len(self._router.leaders), 1)
+        if not call.taken and self._adrift.waiting > most:
+            sentence = f"{most} requests wait already for a replica that answers"
+            raise wire.overloaded(sentence, UNKNOWN, QUEUE_FULL) from error
+        call.limit(on=True)
         await call.patience.wait(error)
 
     def _may_go_on(self, model: str, address: str, error: wire.RpcError) -> bool:
@@ -207,6 +266,7 @@ class Relay:
             RpcError: what it ended with; UNAVAILABLE if the leader is gone.
         """
         peer, progress, context = self._peer(address), call.progress, call.context
+        call.peer = peer
         stream = peer.generate(
             progress.resume(),
             timeout=context.time_remaining(),
@@ -290,16 +350,38 @@ class _Call:
 
     Attributes:
         failed: places that did not answer it lately.
+        peer: to which it was passed on last; None: it is answered here.
+        taken: an engine has taken it, now or before its client came with it.
+        timeout: within which that must happen.
         full: the first place's error, if its queue has had no room since the call last went on.
     """
 
-    def __init__(self, message: pb.GenerateRequest, context: wire.Context, tenant: str) -> None:
+    def __init__(
+        self, message: pb.GenerateRequest, context: wire.Context, tenant: str, waiting_limit: float
+    ) -> None:
         self.model, self.context, self.tenant = message.model, context, tenant
         self.progress = Progress(message)
         self.patience = _Patience(self.progress)
         self.key: Key = tenant, self.progress.request_id
         self.failed: set[str] = set()
         self.full: wire.RpcError | None = None
+        self.peer: Peer | None = None
+        self.taken = any(message.received_token_counts)
+        self.timeout = asyncio.timeout(None)
+        self._limit, self._began = waiting_limit, asyncio.get_running_loop().time()
+
+    def limit(self, *, on: bool) -> None:
+        """Lets the time run within which an engine must have taken it; without `on`, any time."""
+        if self.timeout.expired():
+            return
+        limited = on and not self.taken and self._limit < math.inf
+        # A leader's own limit comes first: it knows better when there will be room.
+        until = self._began + self._limit + LIMIT_SLACK_SECONDS
+        self.timeout.reschedule(until if limited else None)
+
+    def waited_too_long(self) -> WaitedTooLong:
+        waited = round(asyncio.get_running_loop().time() - self._began, 2)
+        return WaitedTooLong(waiting_sentence(waited, self._limit))
 
 
 class _Adrift:
@@ -307,19 +389,28 @@ class _Adrift:
 
     def __init__(self) -> None:
         self._calls: set[_Call] = set()
+        self._waiting: set[_Call] = set()
         self._keys: Counter[Key] = Counter()
 
     def __contains__(self, key: Key) -> bool:
         return key in self._keys
 
+    @property
+    def waiting(self) -> int:
+        """Those that no engine has taken."""
+        return len(self._waiting)
+
     def add(self, call: _Call) -> None:
         if call not in self._calls:
             self._calls.add(call)
             self._keys[call.key] += 1
+            if not call.taken:
+                self._waiting.add(call)
 
     def discard(self, call: _Call) -> None:
         if call in self._calls:
             self._calls.remove(call)
+            self._waiting.discard(call)
             self._keys[call.key] -= 1
             if not self._keys[call.key]:
                 del self._keys[call.key]

@@ -63,13 +63,14 @@ class Replica:
         self.store = RegisteredStore(self.index.redis, settings.index_namespace, self.registered)
         self.router.lookups.listeners.append(self.store.note)
         self.keeper = PrefixKeeper(self.registered, self.router.leaders, self.generations)
-        self.relay = Relay(self.router, settings.peer_tls)
+        self.relay = Relay(self.router, settings.peer_tls, settings.max_waiting_requests)
         self.frontend = frontend.Frontend(
             self.router,
             self.generations,
             self.metrics,
             self.relay,
             settings.max_waiting_seconds,
+            settings.orphan_grace_seconds,
             tenant_of,
             self.registered.match,
         )

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 import grpc
@@ -360,3 +361,54 @@ def test_that_a_request_is_adrift_is_its_tenants_own_affair(
             assert key not in replica.relay._adrift and not replica.relay._adrift._calls
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("own", "service"), [(0.3, 0.0), (None, 0.3), (0.3, 60.0)])
+@pytest.mark.parametrize("there", [True, False], ids=["silent", "gone"])
+def test_a_call_that_waits_in_a_relay_waits_no_longer_than_it_may(
+    own: float | None, service: float, there: bool
+) -> None:
+    async def stuck(_: int, __: pb.GenerateRequest, ___: wire.Context) -> None:
+        await asyncio.sleep(3600)
+
+    async def body(stack: Stack, _: list[ScriptedPeer]) -> None:
+        limit = None if own is None else timedelta(seconds=own)
+        began = time.monotonic()
+        error = await failure(stack.generate(request(max_waiting_time=limit), timeout=10))
+        assert 0.29 < time.monotonic() - began < 1.3
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        info, _retry = wire.error_details(error)
+        assert info.reason == "WAITED_TOO_LONG"  # type: ignore[attr-defined]
+        assert str(error.details()).endswith("at most 0.3 s are allowed")
+        assert stack.replica.metrics.counters.expired == 1
+
+    with_peers([stuck if there else gone], body, max_waiting_seconds=service)
+
+
+def test_what_has_been_taken_may_take_its_time() -> None:
+    async def slow(_: int, message: pb.GenerateRequest, context: wire.Context) -> None:
+        await context.write(accepted(message))
+        await asyncio.sleep(0.8)
+        await context.write(USAGE)
+
+    async def body(stack: Stack, _: list[ScriptedPeer]) -> None:
+        await stack.generate(request(max_waiting_time=timedelta(seconds=0.2)))
+
+    with_peers([slow], body)
+
+
+def test_only_so_many_calls_wait_for_somebody_who_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "RETRY_SECONDS", 1.0)
+
+    async def body(stack: Stack, _: list[ScriptedPeer]) -> None:
+        calls = [failure(stack.generate(request(), timeout=10)) for _ in range(6)]
+        begun = request(received_token_counts=[3])
+        *errors, taken = await asyncio.gather(*calls, failure(stack.generate(begun)))
+        full = [e for e in errors if e.code() is grpc.StatusCode.RESOURCE_EXHAUSTED]
+        assert len(full) == 4
+        for error in full:
+            assert "RetryInfo" in type(wire.error_details(error)[-1]).__name__
+        assert taken.code() is grpc.StatusCode.UNAVAILABLE
+        assert stack.replica.relay._adrift.waiting == 0
+
+    with_peers([gone], body, max_waiting_requests=2)
