@@ -351,9 +351,9 @@ def test_calls_never_go_round(llama: Model, monkeypatch: pytest.MonkeyPatch) -> 
     served = []
     serve = Frontend._serve
 
-    async def counted(self: Frontend, *arguments: object) -> None:
+    async def counted(self: Frontend, *arguments: object, **named: object) -> None:
         served.append(self)
-        await serve(self, *arguments)  # type: ignore[arg-type]
+        await serve(self, *arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Frontend, "_serve", counted)
 
