@@ -28,11 +28,12 @@ from control_plane.generation import (
     WaitedTooLong,
 )
 from control_plane.metrics.families import Metrics
+from control_plane.orphans import Orphans
 from control_plane.overload import UNKNOWN
 from control_plane.plan import Logprob
 from control_plane.prompts import LONG_PROMPT, tokenise
 from control_plane.records import NOT_SHARED, SharedPrefix
-from control_plane.relay import Relay, Write, is_relayed
+from control_plane.relay import QUEUE_FULL, Relay, Write, is_farewell, is_relayed
 from control_plane.request import FinishReason, Request, pool_room
 from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
 from control_plane.scheduler import NeverFits
@@ -79,6 +80,7 @@ class Frontend:
     Args:
         relay: where clients' calls go that are answered elsewhere.
         max_waiting_seconds: how long a request may wait for an engine; 0: no limit.
+        orphan_grace_seconds: for clients to come back whose calls another replica passed on.
         tenant_of: whose prefix cache a call uses, from its authenticated peer.
         shared_prefix: the registered prefix that a prompt begins with.
     """
@@ -90,6 +92,7 @@ class Frontend:
         metrics: Metrics,
         relay: Relay,
         max_waiting_seconds: float = 0.0,
+        orphan_grace_seconds: float = 30.0,
         tenant_of: Callable[[wire.Context], str] = lambda _: "",
         shared_prefix: Callable[[list[int], EngineFacts], SharedPrefix] = lambda _, __: NOT_SHARED,
     ) -> None:
@@ -97,6 +100,7 @@ class Frontend:
         self._metrics, self._relay, self._tenant_of = metrics, relay, tenant_of
         self._shared_prefix = shared_prefix
         self._max_waiting_seconds = max_waiting_seconds or math.inf
+        self._orphans = Orphans(orphan_grace_seconds, self._abandon)
         self.draining = False
 
     async def Generate(
@@ -109,14 +113,17 @@ class Frontend:
             tenant = self._tenant_of(context)
             # Settled before anything is tried: a second attempt is to find the first one's.
             message.request_id = message.request_id or request_id
-            serve = partial(self._serve, tenant, arrived)
             if is_relayed(context):
-                await serve(message, context.write)
+                await self._serve(tenant, arrived, message, context.write, relayed=True)
                 return
+            serve = partial(self._serve, tenant, arrived)
             if self.draining:
                 sentence = "this replica is draining"
                 raise wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", sentence)
-            await self._relay.generate(message, context, tenant, serve)
+            limit = self._waiting_limit(message)
+            await self._relay.generate(message, context, tenant, serve, limit)
+        except WaitedTooLong as late:
+            await self._reject(self._expired(None, late), request_id, context)
         except wire.RpcError as error:
             await self._reject(error, request_id, context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -135,9 +142,10 @@ class Frontend:
                 raise wire.bad_field("request_id", "is empty")
             tenant = self._tenant_of(context)
             if is_relayed(context):
-                self._cancel(tenant, message.request_id)
+                end = self._orphans.give_up if is_farewell(context) else self._router.cancel
+                self._cancel(tenant, end, message.request_id)
             else:
-                cancel = partial(self._cancel, tenant)
+                cancel = partial(self._cancel, tenant, self._router.cancel)
                 await self._relay.cancel(message, context, tenant, cancel)
         except wire.RpcError as error:
             await wire.abort(context, error)
@@ -151,17 +159,26 @@ class Frontend:
         log.info("request %s refused: %s %s", request_id, error.code.name, why, extra=fields)
         await wire.abort(context, error)
 
-    def _cancel(self, tenant: str, request_id: str) -> None:
+    def _cancel(self, tenant: str, end: Callable[[Generation], None], request_id: str) -> None:
         generation = self._generations.running((tenant, request_id))
         if generation is None:
             sentence = "no such generation is waiting or running"
             raise wire.failed(grpc.StatusCode.NOT_FOUND, "NO_GENERATION", sentence)
-        self._router.cancel(generation)
+        end(generation)
 
     async def _serve(
-        self, tenant: str, arrived: float, message: pb.GenerateRequest, write: Write
+        self,
+        tenant: str,
+        arrived: float,
+        message: pb.GenerateRequest,
+        write: Write,
+        *,
+        relayed: bool = False,
     ) -> None:
         """Answers a request with an engine that this replica leads.
+
+        Args:
+            relayed: another replica reads, for a client of its own.
 
         Raises:
             RpcError: it is refused; UNAVAILABLE if it does not go on here.
@@ -169,7 +186,7 @@ class Frontend:
         try:
             generation = await self._generation(message, tenant, arrived)
             received = list(message.received_token_counts) or [0] * len(generation.samples)
-            await self._stream(generation, received, write)
+            await self._stream(generation, received, write, relayed=relayed)
         except Detached as detached:
             sentence = str(detached)
             raise wire.failed(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", sentence) from detached
@@ -218,8 +235,9 @@ class Frontend:
             return math.inf  # An engine had taken it before its stream broke.
         if not message.HasField("max_waiting_time"):
             return self._max_waiting_seconds
-        own: float = message.max_waiting_time.ToTimedelta().total_seconds()
-        return min(own, self._max_waiting_seconds)
+        own: float = message.max_waiting_time.seconds + message.max_waiting_time.nanos / 1e9
+        # What is outside its range is refused by whoever answers.
+        return min(own, self._max_waiting_seconds) if own > 0 else self._max_waiting_seconds
 
     def _existing(self, tenant: str, request_id: str, digest: bytes) -> Generation | None:
         key = tenant, request_id
@@ -252,12 +270,15 @@ class Frontend:
             raise wire.bad_field("prompt", str(error)) from error
         except QueueFull as error:
             self._router.lookups.refused(generation.request)
-            raise wire.overloaded(str(error), loop.retry_seconds(error)) from error
+            raise wire.overloaded(str(error), loop.retry_seconds(error), QUEUE_FULL) from error
         self._generations.add(generation)
 
     # Streaming.
 
-    async def _stream(self, generation: Generation, received: list[int], write: Write) -> None:
+    async def _stream(
+        self, generation: Generation, received: list[int], write: Write, *, relayed: bool
+    ) -> None:
+        self._orphans.found(generation)
         try:
             async with aclosing(generation.deltas(received)) as deltas:
                 async for delta in deltas:
@@ -268,16 +289,26 @@ class Frontend:
         except WaitedTooLong as late:
             raise self._expired(generation, late) from late
         finally:
-            # A stream that ends early has lost its client: without any, nobody wants the rest.
+            # A stream that ends early has lost its client: without any, nobody wants the rest,
+            # unless it was a relay that was lost, or its connection.
             unwanted = not generation.finished and generation.subscriber_count == 0
             if unwanted and not generation.detached:
-                self._router.cancel(generation)
-                _log_end(generation)
+                (self._orphans.left if relayed else self._abandon)(generation)
 
-    def _expired(self, generation: Generation, late: WaitedTooLong) -> wire.RpcError:
-        """To come back once what waits with it now, itself included, would have been admitted."""
+    def _abandon(self, generation: Generation) -> None:
+        """Ends a generation that nobody reads, if it has not ended or gone elsewhere."""
+        if not generation.finished and not generation.detached:
+            self._router.cancel(generation)
+            _log_end(generation)
+
+    def _expired(self, generation: Generation | None, late: WaitedTooLong) -> wire.RpcError:
+        """To come back once what waits with it now, itself included, would have been admitted.
+
+        Args:
+            generation: None: it waited for a replica that would take it.
+        """
         self._metrics.counters.expired += 1
-        loop = self._router.loop_of(generation)
+        loop = self._router.loop_of(generation) if generation is not None else None
         seconds = loop.drain_seconds() if loop is not None else UNKNOWN
         return wire.overloaded(str(late), seconds, "WAITED_TOO_LONG")
 

@@ -37,6 +37,11 @@ class WaitedTooLong(Exception):
     """No engine took a request within the time that it may wait."""
 
 
+def waiting_sentence(waited: float, limit: float) -> str:
+    """Says so."""
+    return f"waited {waited:g} s for an engine; at most {limit:g} s are allowed"
+
+
 @dataclass(frozen=True, slots=True)
 class Ending:
     """Why a sample ended. `stop_string` or `stop_token_id` say what stopped it."""
@@ -273,8 +278,7 @@ class Generation:
         except TimeoutError:
             if not (self.accepted or self.finished):
                 waited = round(asyncio.get_running_loop().time() - self._waiting_since, 2)
-                sentence = f"waited {waited:g} s for an engine; at most {limit:g} s are allowed"
-                raise WaitedTooLong(sentence) from None
+                raise WaitedTooLong(waiting_sentence(waited, limit)) from None
 
     async def _news(self, event: asyncio.Event) -> None:
         if not self.detached:

@@ -8,7 +8,7 @@ It serves lookup, purge (one UNLINK) and expiry (one EXPIRE) alike. Nobody asks 
 former incarnation, so that a restarted engine's entries are dead at once.
 
 Redis slow, empty, wrong or gone costs cache hits and nothing else: a lookup answers within its
-timeout, and changes go out in the background. This is the only module that knows Redis.
+timeout, and changes go out in the background. Only `prefixes/store.py` knows Redis, too.
 """
 
 from __future__ import annotations

@@ -112,12 +112,16 @@ class Router:
 
         What cannot be answered anywhere is HERE, to be refused.
         """
-        fitting = self._fitting(model)
-        elsewhere = list(dict.fromkeys(leader.elsewhere for leader in fitting if leader.elsewhere))
+        fitting, elsewhere = self._fitting(model), self.elsewhere(model)
         loops = [leader.loop for leader in fitting if leader.loop is not None]
         if not elsewhere or any(not loop.draining for loop in loops):
             return [HERE]
         return [*elsewhere, HERE] if loops else elsewhere
+
+    def elsewhere(self, model: str) -> list[str]:
+        """The other replicas that lead engines which serve `model`."""
+        fitting = self._fitting(model)
+        return list(dict.fromkeys(leader.elsewhere for leader in fitting if leader.elsewhere))
 
     def place_of(self, engine_id: str) -> str | None:
         """Where an engine is led, as far as is known."""

@@ -21,12 +21,13 @@ from control_plane.leader import EngineLeader
 from control_plane.metrics.activity import Activity
 from control_plane.metrics.families import Metrics
 from control_plane.metrics.vllm import VllmMetrics
+from control_plane.peer import LEADS
 from control_plane.prefix_index import PrefixIndex
 from control_plane.prefixes.file import read_prefixes
 from control_plane.prefixes.keeper import PrefixKeeper
 from control_plane.prefixes.registered import RegisteredPrefixes
 from control_plane.prefixes.store import RegisteredStore
-from control_plane.relay import LEADS, Relay
+from control_plane.relay import Relay
 from control_plane.router import Router
 from control_plane.settings import Settings
 from control_plane.step_loop import LeaderSettings
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 # For streams to hand over what they have when their generation is done.
 _LAST_MESSAGES_SECONDS = 1.0
+# Hosts to listen on that are none to call.
+_EVERY_ADDRESS = ("0.0.0.0", "[::]", "")  # noqa: S104
 
 
 class Replica:
@@ -60,13 +63,14 @@ class Replica:
         self.store = RegisteredStore(self.index.redis, settings.index_namespace, self.registered)
         self.router.lookups.listeners.append(self.store.note)
         self.keeper = PrefixKeeper(self.registered, self.router.leaders, self.generations)
-        self.relay = Relay(self.router, settings.peer_tls)
+        self.relay = Relay(self.router, settings.peer_tls, settings.max_waiting_requests)
         self.frontend = frontend.Frontend(
             self.router,
             self.generations,
             self.metrics,
             self.relay,
             settings.max_waiting_seconds,
+            settings.orphan_grace_seconds,
             tenant_of,
             self.registered.match,
         )
@@ -146,6 +150,13 @@ class Replica:
             log.warning("tokens come in plain text, since there is no tls-certificate")
         if self.access.knows_certificates and (tls is None or tls.ca is None):
             log.warning("nobody is known by a certificate, since none is asked for")
+        told = self.settings.advertise or self.settings.listen
+        if told.rpartition(":")[0] in _EVERY_ADDRESS:
+            log.warning(
+                "other replicas cannot reach this one at %s, which is every address of its own: "
+                "advertise is to be one that they know it by",
+                told,
+            )
 
     async def _report_health(self, healths: list[health.aio.HealthServicer]) -> None:
         """SERVING while calls are answered, here or at a leader, so that traffic goes there."""

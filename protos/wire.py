@@ -32,6 +32,8 @@ CHANNEL_OPTIONS = [
     # A restarted peer should be found again at once, not after a minute's backoff.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # A replaced pod has its name and a new address; gRPC resolves a name again after 30 s at best.
+    ("grpc.dns_min_time_between_resolutions_ms", 500),
     # Channels to one address share their connection otherwise, and a new one fails at once
     # where another has just failed, though the peer is back.
     ("grpc.use_local_subchannel_pool", 1),
@@ -244,7 +246,8 @@ class PassedOn(RpcError):
 def passed_on(error: grpc.aio.AioRpcError) -> PassedOn:
     """The error that another call ended with, with all of its details, known or not."""
     whole = rpc_status.from_call(error)  # type: ignore[arg-type]
-    return PassedOn(error.code(), error.details() or error.code().name, whole=whole)
+    sentence = error.details() or error.code().name
+    return PassedOn(error.code(), sentence, tuple(error_details(error)), whole)
 
 
 async def abort(context: Context, error: RpcError) -> NoReturn:

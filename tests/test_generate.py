@@ -417,7 +417,8 @@ def test_refusals_of_model_pool_and_queue(llama: Model) -> None:
                     await asyncio.sleep(0)
             error = await failure(stack.generate(long))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            (detail,) = wire.error_details(error)
+            info, detail = wire.error_details(error)
+            assert isinstance(info, error_details_pb2.ErrorInfo) and info.reason == "QUEUE_FULL"
             assert isinstance(detail, error_details_pb2.RetryInfo)
             assert detail.retry_delay.ToMilliseconds() > 0
             for task in tasks:

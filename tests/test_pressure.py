@@ -70,7 +70,9 @@ def test_swaps_and_recomputing_change_no_token(
             pressed = await run(stack)
             totals = stack.loop.scheduler.totals
         assert totals.preemptions > 5
-        assert totals.swaps == (totals.preemptions if preemption == "swap" else 0)
+        # Who is preempted before its prompt is computed has nothing that is worth swapping.
+        swaps = totals.swaps
+        assert swaps > totals.preemptions / 2 if preemption == "swap" else swaps == 0
         # A sample may end by a result that was in flight, and does not come back then.
         assert totals.swapped_in_blocks <= totals.swapped_out_blocks
         assert (totals.swapped_out_blocks > 0) == (preemption == "swap")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -16,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from control_plane import relay
 from control_plane.frontend import Frontend
 from control_plane.leader import LeaderState
+from control_plane.peer import LEADS
 from control_plane.server import Replica
 from data_plane.engine import Engine, EngineSizes
 from data_plane.model import Model
@@ -126,7 +130,7 @@ def test_a_follower_answers_as_the_leader_does(llama: Model, llama_directory: Pa
         async with asyncio.timeout(5):
             while not await is_serving(pair.follower.address):
                 await asyncio.sleep(0.05)
-        assert not await is_serving(pair.follower.address, relay.LEADS)
+        assert not await is_serving(pair.follower.address, LEADS)
         for name, message in KINDS.items():
             # The second one finds its prompt in the cache, wherever it is sent.
             await pair.leader.generate(message)
@@ -215,6 +219,99 @@ def test_whoever_leaves_a_relay_frees_the_blocks(llama: Model) -> None:
     with_pair(llama, body)
 
 
+async def stopped(replica: Replica) -> None:
+    """Stops a replica for good: its context does not stop it again."""
+    stop, replica.stop = replica.stop, partial(asyncio.sleep, 0)  # type: ignore[method-assign]
+    await stop()
+
+
+async def begun_through(pair: Pair, message: pb.GenerateRequest, count: int = 10) -> Any:
+    """A call of the follower's that has brought some tokens, and how many."""
+    call = pair.follower.stub.Generate(message)
+    tokens = 0
+    while tokens < count:
+        tokens += len((await call.read()).delta.token_ids)
+    return call, tokens
+
+
+@pytest.mark.parametrize("way", ["hang up", "deadline"])
+def test_a_client_that_leaves_a_relay_frees_its_blocks_within_two_steps(
+    llama: Model, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(pair: Pair) -> None:
+        loop, ended_at = pair.leader.loop, []
+        release = loop.release
+        monkeypatch.setattr(loop, "release", lambda g: (ended_at.append(loop.step), release(g)))
+        message = long_request("long", 900, output=pb.Output(sample_count=16))
+        call = pair.follower.stub.Generate(message, timeout=1.5 if way == "deadline" else None)
+        while not (await call.read()).delta.token_ids:
+            pass
+        assert loop.scheduler.pool.used_count > 0
+        if way == "hang up":
+            call.cancel()
+        else:
+            assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        began = time.monotonic()
+        await until(lambda: bool(ended_at), 5)
+        assert time.monotonic() - began < 1 and loop.scheduler.pool.used_count == 0
+        await pair.leader.idle()
+        assert loop.step - ended_at[0] <= 1
+
+    sizes = dataclasses.replace(SIZES, block_count=1024)
+    with_pair(llama, body, sizes=sizes)
+
+
+def test_what_a_relay_that_goes_had_passed_on_waits_for_its_client(llama: Model) -> None:
+    async def body(pair: Pair) -> None:
+        message = long_request("n", 600)
+        expected = (await pair.leader.generate(long_request("calm", 600))).ids
+        call, tokens = await begun_through(pair, message)
+        generations = pair.leader.replica.generations
+        generation = generations.running(("", "n"))
+        assert generation is not None
+        await stopped(pair.follower.replica)
+        assert await call.code() is not grpc.StatusCode.OK
+        await until(lambda: generation.subscriber_count == 0)
+        assert generations.running(("", "n")) is generation
+        message.received_token_counts.append(tokens)
+        rest = await pair.leader.generate(message)
+        assert rest.ids == expected[tokens:]
+        assert generations.get(("", "n")) is generation and generation.finished
+        await pair.leader.idle()
+
+    with_pair(llama, body)
+
+
+def test_what_nobody_comes_back_for_ends(llama: Model) -> None:
+    async def body(pair: Pair) -> None:
+        await begun_through(pair, long_request("n", 900, output=pb.Output(sample_count=16)))
+        generations = pair.leader.replica.generations
+        await stopped(pair.follower.replica)
+        await asyncio.sleep(0.05)
+        assert generations.running(("", "n")) is not None
+        await until(lambda: generations.running(("", "n")) is None, 2)
+        assert generations.was_cancelled(("", "n"))
+        await pair.leader.idle()
+
+    sizes = dataclasses.replace(SIZES, block_count=1024)
+    with_pair(llama, body, sizes=sizes, orphan_grace_seconds=0.3)
+
+
+def test_a_client_that_leaves_a_relay_ends_nothing_that_another_one_reads(llama: Model) -> None:
+    async def body(pair: Pair) -> None:
+        message = long_request("n", 600)
+        call, _ = await begun_through(pair, message)
+        other = asyncio.create_task(pair.leader.generate(message))
+        generation = pair.leader.replica.generations.running(("", "n"))
+        assert generation is not None
+        await until(lambda: generation.subscriber_count == 2)
+        call.cancel()
+        assert len((await other).ids) == 600
+        await pair.leader.idle()
+
+    with_pair(llama, body)
+
+
 def test_a_stream_follows_its_engine_to_another_leader(llama: Model) -> None:
     """Its leader loses the engine, and lives: from then on it is a relay for its own clients."""
 
@@ -254,9 +351,9 @@ def test_calls_never_go_round(llama: Model, monkeypatch: pytest.MonkeyPatch) -> 
     served = []
     serve = Frontend._serve
 
-    async def counted(self: Frontend, *arguments: object) -> None:
+    async def counted(self: Frontend, *arguments: object, **named: object) -> None:
         served.append(self)
-        await serve(self, *arguments)  # type: ignore[arg-type]
+        await serve(self, *arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Frontend, "_serve", counted)
 

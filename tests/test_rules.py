@@ -42,6 +42,7 @@ WIRE_MODULES = {
     "control_plane/engine_wire.py",
     "control_plane/frontend.py",
     "control_plane/admin_views.py",
+    "control_plane/peer.py",
     "control_plane/prefixes/store.py",
     "control_plane/progress.py",
     "control_plane/prompts.py",

@@ -64,7 +64,7 @@ _REASONS = {
 
 
 class VllmMetrics(Collector):
-    """The alias set; see `metrics.py` for what each number is."""
+    """The alias set; see `families.py` for what each number is."""
 
     def __init__(self, counters: Counters, router: Router) -> None:
         self._counters, self._router = counters, router
