@@ -340,9 +340,13 @@ class StepLoop:
         try:
             while True:
                 outcomes = [self._apply(result) for result in _drain(results)]
-                await self._plan_ahead(leadership)
-                for outcome in outcomes:
-                    self._deliver(outcome)
+                try:
+                    await self._plan_ahead(leadership)
+                finally:
+                    # Also when this leadership ends here: a plan that has gone out may release
+                    # what these outcomes end, so the next leader would find no trace of it.
+                    for outcome in outcomes:
+                        self._deliver(outcome)
                 self._stopped.clear()
                 for plan in self._sent:
                     self._pace.begin(plan)

@@ -17,9 +17,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from control_plane import relay
+from control_plane.engine_link import Leadership
 from control_plane.frontend import Frontend
 from control_plane.leader import LeaderState
 from control_plane.peer import LEADS
+from control_plane.plan import Plan
 from control_plane.server import Replica
 from data_plane.engine import Engine, EngineSizes
 from data_plane.model import Model
@@ -345,6 +347,32 @@ def test_a_stream_follows_its_engine_to_another_leader(llama: Model) -> None:
     with_pair(llama, body)
 
 
+def test_what_ended_as_a_replica_went_is_not_generated_again(
+    llama: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is told to release it, and then the leader goes, before its reader was told."""
+    released, send = asyncio.Event(), Leadership.send
+
+    async def send_and_hang(self: Leadership, plan: Plan) -> None:
+        await send(self, plan)
+        if plan.released and not released.is_set():
+            released.set()
+            await asyncio.Event().wait()
+
+    async def body(pair: Pair) -> None:
+        message = long_request("last", 20)
+        task = asyncio.create_task(pair.follower.generate(message))
+        await released.wait()
+        engine = pair.leader.engine
+        await until(lambda: not engine.state.resident_slots().size)
+        await stopped(pair.leader.replica)
+        assert len((await task).ids) == 20
+        assert engine.counters.prefill_token_count == len(message.token_ids.ids)
+
+    monkeypatch.setattr(Leadership, "send", send_and_hang)
+    with_pair(llama, body, drain_seconds=0.1)
+
+
 def test_calls_never_go_round(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two replicas believes that the other leads: nobody does."""
     monkeypatch.setattr(relay, "RETRY_SECONDS", 0.6)
@@ -458,6 +486,8 @@ def test_a_rolling_update_of_the_control_plane_fails_no_request(
             long.append(asyncio.create_task(load.call(load.message(900), new.port)))
             await asyncio.sleep(0.3)
             load.ports.remove(old.port)
+            # What was sent there has arrived before it is told to go.
+            await asyncio.sleep(0.2)
             old.signal(signal.SIGTERM)
             assert await asyncio.to_thread(old.wait, 100) == 0
             old = new
