@@ -914,7 +914,9 @@ def test_who_may_reach_whom_is_as_documented() -> None:
 
 def test_by_default_nobody_operates_and_an_engine_calls_nobody() -> None:
     reached = reachable(case("defaults"))
-    assert not [each for each in reached if each[2][0] in (7402, 9090, 9091)]
+    assert not [each for each in reached if each[2][0] in (9090, 9091)]
+    # Replicas ask each other.
+    assert {source for source, _, (port, _) in reached if port == 7402} == {"control plane"}
     assert not [each for each in reached if each[0] in ("data plane", "Redis")]
     assert {source for source, _, (port, _) in reached if port == 7411} == {"control plane"}
     assert {source for source, _, (port, _) in reached if port == 6379} == {"control plane"}
