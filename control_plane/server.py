@@ -82,7 +82,8 @@ class Replica:
         self._leading: list[asyncio.Task[None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics_server: WSGIServer | None = None
-        self._servers = [wire.server(guard), wire.server(guard)]
+        age = settings.connection_age_seconds
+        self._servers = [wire.server(guard, connection_age_seconds=age), wire.server(guard)]
         self._probed: grpc.aio.Server | None = None
         self.ports: list[int] = []
         self.health_port = 0
