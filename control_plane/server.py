@@ -83,7 +83,7 @@ class Replica:
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics_server: WSGIServer | None = None
         age = settings.connection_age_seconds
-        self._servers = [wire.server(guard, connection_age_seconds=age), wire.server(guard)]
+        self._servers = [wire.server(guard, connection_age_seconds=age) for _ in range(2)]
         self._probed: grpc.aio.Server | None = None
         self.ports: list[int] = []
         self.health_port = 0
