@@ -31,6 +31,7 @@ from control_plane.relay import Relay
 from control_plane.router import Router
 from control_plane.settings import Settings
 from control_plane.step_loop import LeaderSettings
+from control_plane.traces import open_traces
 from protos import wire
 from protos.admin.v1 import admin_pb2_grpc
 
@@ -64,6 +65,9 @@ class Replica:
         self.router.lookups.listeners.append(self.store.note)
         self.keeper = PrefixKeeper(self.registered, self.router.leaders, self.generations)
         self.relay = Relay(self.router, settings.peer_tls, settings.max_waiting_requests)
+        self.traces = open_traces(
+            settings.traces_endpoint, settings.traces_share, settings.own_address
+        )
         self.frontend = frontend.Frontend(
             self.router,
             self.generations,
@@ -73,6 +77,7 @@ class Replica:
             settings.orphan_grace_seconds,
             tenant_of,
             self.registered.match,
+            self.traces,
         )
         self.access = Access(settings.access, anonymous_roles(settings.anonymous_roles))
         guard = Authorisation(self.access, reflection=settings.reflection).guard()
@@ -91,7 +96,7 @@ class Replica:
             self.generations,
             self.index,
             LeaderSettings(
-                own_address=settings.advertise or settings.listen,
+                own_address=settings.own_address,
                 chunk_tokens=settings.chunk_tokens,
                 waiting_requests=settings.max_waiting_requests,
                 waiting_tokens=settings.max_waiting_tokens,
@@ -150,7 +155,7 @@ class Replica:
             log.warning("tokens come in plain text, since there is no tls-certificate")
         if self.access.knows_certificates and (tls is None or tls.ca is None):
             log.warning("nobody is known by a certificate, since none is asked for")
-        told = self.settings.advertise or self.settings.listen
+        told = self.settings.own_address
         if told.rpartition(":")[0] in _EVERY_ADDRESS:
             log.warning(
                 "other replicas cannot reach this one at %s, which is every address of its own: "
@@ -197,6 +202,7 @@ class Replica:
         for leader in self.router.leaders:
             await leader.link.close()
         await self.index.close()
+        await self.traces.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.shutdown)
             self._metrics_server.server_close()
