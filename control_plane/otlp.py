@@ -256,6 +256,7 @@ class _Exporter(SpanExporter):
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
+        # Plain text or not is what the endpoint says, and no variable.
         self._otlp = OTLPSpanExporter(endpoint, insecure=endpoint.startswith("http://"))
         self._thread: int | None = None
         self._words = ""
@@ -266,8 +267,6 @@ class _Exporter(SpanExporter):
             logging.getLogger(name).filters.insert(0, self._listen)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        if self._closed:
-            return SpanExportResult.FAILURE
         self._thread = threading.get_ident()
         try:
             result = self._otlp.export(spans)

@@ -40,8 +40,11 @@ NOT_KEPT = (("traceparent", f"00-{TRACE}-{PARENT}-00"),)
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spans leave after a twentieth of a second."""
+    """Spans leave after a twentieth of a second; variables that mean nothing here say otherwise."""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_INSECURE", "false")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
     monkeypatch.delenv("OTEL_SDK_DISABLED", raising=False)
 
 
@@ -78,6 +81,11 @@ async def generate(
     return answer
 
 
+def check_documented(*spans: Span) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    assert not [name for span in spans for name in span.attributes if f"`{name}`" not in text]
+
+
 def names(spans: list[Span]) -> list[str]:
     return [span.name for span in spans]
 
@@ -112,6 +120,7 @@ def test_a_call_is_a_span_with_its_phases_below(llama: Model, llama_directory: P
         assert call.name == GENERATE and names(phases) == ["queue", "prefill", "decode"]
         check_nested(call, phases)
         assert began <= call.times[0] and call.times[1] <= ended
+        check_documented(call)
         waited = call.attributes.pop("gen_ai.server.time_to_first_token")
         until_first = phases[1].times[1] - call.times[0]
         assert waited * 1e9 == pytest.approx(until_first, abs=1000) and answer.usage
@@ -179,6 +188,7 @@ def test_who_asked_and_which_prefix_it_was(
         await until(lambda: not registered.unprepared(digest))
         await generate(stack, request(text + "Hello", 4), bearer)
         (call,) = await collector.gets(1)
+        check_documented(call)
         assert call.attributes["quire.tenant"] == "acme"
         assert call.attributes["quire.prefix"] == "support"
         assert call.resource["service.instance.id"] == "10.0.0.9:7401"
@@ -207,6 +217,7 @@ def test_refused_calls_have_status_and_reason_and_no_sentence(llama: Model) -> N
             ("UNAVAILABLE", "DRAINING", True),
         ]
         for call, (code, reason, failed) in zip(await collector.gets(5), told, strict=True):
+            check_documented(call)
             assert call.attributes.pop("quire.request.id")
             assert call.attributes == {
                 "rpc.system.name": "grpc",
