@@ -85,6 +85,7 @@ class Frontend:
         tenant_of: whose prefix cache a call uses, from its authenticated peer.
         shared_prefix: the registered prefix that a prompt begins with.
         traces: of its calls; none: they are not traced.
+        max_calls: Generate calls that are open at once, relayed ones included, at most.
     """
 
     def __init__(
@@ -98,12 +99,14 @@ class Frontend:
         tenant_of: Callable[[wire.Context], str] = lambda _: "",
         shared_prefix: Callable[[list[int], EngineFacts], SharedPrefix] = lambda _, __: NOT_SHARED,
         traces: Traces | None = None,
+        max_calls: int = 16384,
     ) -> None:
         self._router, self._generations = router, generations
         self._metrics, self._relay, self._tenant_of = metrics, relay, tenant_of
         self._shared_prefix, self._traces = shared_prefix, traces or Traces()
         self._max_waiting_seconds = max_waiting_seconds or math.inf
         self._orphans = Orphans(orphan_grace_seconds, self._abandon)
+        self._max_calls, self._calls = max_calls, 0
         self.draining = False
 
     async def Generate(
@@ -111,7 +114,11 @@ class Frontend:
     ) -> None:
         arrived, request_id = time.monotonic(), _request_id(message)
         with self._traces.call(context, request_id, arrived) as trace:
+            self._calls += 1
             try:
+                if self._calls > self._max_calls:
+                    sentence = f"{self._max_calls} calls are open at this replica"
+                    raise wire.overloaded(sentence, UNKNOWN, "TOO_MANY_CALLS")
                 if isinstance(message, Unreadable):
                     raise message.error
                 # Settled before anything is tried: a second attempt is to find the first one's.
@@ -125,6 +132,8 @@ class Frontend:
                 raise
             except Exception as error:
                 await self._break_down(error, request_id, context, trace)
+            finally:
+                self._calls -= 1
 
     async def Cancel(self, message: pb.CancelRequest, context: wire.Context) -> pb.CancelResponse:
         try:

@@ -81,6 +81,7 @@ class Replica:
             tenant_of,
             self.registered.match,
             self.traces,
+            settings.max_calls,
         )
         self.access = Access(settings.access, anonymous_roles(settings.anonymous_roles))
         guard = Authorisation(self.access, reflection=settings.reflection).guard()

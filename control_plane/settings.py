@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     max_waiting_seconds: float = Field(
         0.0, ge=0, description="seconds of a request in the queue, at most; 0: no limit"
     )
+    max_calls: int = Field(
+        16384, ge=1, description="Generate calls open at this replica at once, at most"
+    )
     tenant_cache_share: float = Field(
         1.0,
         gt=0,
