@@ -1,8 +1,8 @@
 """A chart's pods as processes of this machine: what a kubelet and a cluster's network do, in small.
 
-Commands, environment, probes and hooks are run as the manifests have them. What cannot be had
-without containers is replaced as text, in commands, environment and mounted files alike
-(`Cluster.local`):
+Init containers are run one after the other before a pod's own. Commands, environment, probes and
+hooks are run as the manifests have them. What cannot be had without containers is replaced as text,
+in commands, environment and mounted files alike (`Cluster.local`):
 
 - a pod's mount paths by directories below a temporary one;
 - 0.0.0.0 by the pod's own loopback address, so that every pod can have the same ports;
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from protos.probe import is_serving
 from protos.wire import Tls
@@ -46,7 +46,7 @@ def _pattern(dns: str) -> str:
 
 @dataclass
 class Pod:
-    """One container, and what its kubelet knows of it."""
+    """One container after those that prepare it, and what its kubelet knows of it."""
 
     name: str
     address: str
@@ -56,6 +56,7 @@ class Pod:
     ready: bool = False
     terminating: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    claims: list[Manifest] = field(default_factory=list)
 
     @property
     def container(self) -> dict[str, Any]:
@@ -118,13 +119,14 @@ class Cluster:
         template = manifest if kind == "Pod" else manifest["spec"]["template"]
         if kind == "StatefulSet":
             self._names[f"{name}.{manifest['spec']['serviceName']}.{DOMAIN}"] = address
-        return self._start(Pod(name, address, template, self._folder / name))
+        claims = manifest["spec"].get("volumeClaimTemplates", [])
+        return self._start(Pod(name, address, template, self._folder / name, claims=claims))
 
-    def local(self, text: str, pod: Pod) -> str:
-        """What a text of a manifest means on this machine."""
+    def local(self, text: str, pod: Pod, container: Manifest | None = None) -> str:
+        """What a text of a manifest means on this machine, in one of a pod's containers."""
         mounts = {
             mount["mountPath"]: str(pod.folder / mount["name"])
-            for mount in pod.container["volumeMounts"]
+            for mount in (container or pod.container)["volumeMounts"]
         }
         meanings = self._names | mounts | {"0.0.0.0": pod.address}
         paths = "|".join(map(re.escape, sorted([*mounts, "0.0.0.0"], key=len, reverse=True)))
@@ -136,28 +138,44 @@ class Cluster:
 
     def _start(self, pod: Pod) -> Pod:
         self._mount(pod)
-        for variable in pod.container.get("env", ()):
-            value = self._value(variable, pod)
-            expanded = re.sub(
-                r"\$\((\w+)\)", lambda found: pod.environment[found[1]], self.local(value, pod)
-            )
-            pod.environment[variable["name"]] = expanded
-        pod.environment["PATH"] = ":".join([*_IMAGE_PATH, os.defpath])
-        command = [self.local(word, pod) for word in pod.container["command"]]
+        pod.environment = self._environment(pod, pod.container)
         with (pod.folder / "log").open("wb") as log:
-            pod.process = subprocess.Popen(
-                command, env=pod.environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            )
+            for container in pod.manifest["spec"].get("initContainers", ()):
+                process = self._run(pod, container, self._environment(pod, container), log)
+                assert process.wait(60) == 0, pod.log()
+            pod.process = self._run(pod, pod.container, pod.environment, log)
         self.pods.append(pod)
         if "readinessProbe" in pod.container:
             self._kubelets.append(threading.Thread(target=self._watch, args=(pod,)))
             self._kubelets[-1].start()
         return pod
 
+    def _environment(self, pod: Pod, container: Manifest) -> dict[str, str]:
+        found = {"PATH": ":".join([*_IMAGE_PATH, os.defpath])}
+        for variable in container.get("env", ()):
+            value = self.local(self._value(variable, pod), pod, container)
+            expanded = re.sub(r"\$\((\w+)\)", lambda name: found[name[1]], value)
+            found[variable["name"]] = expanded
+        return found
+
+    def _run(
+        self, pod: Pod, container: Manifest, environment: dict[str, str], log: IO[bytes]
+    ) -> subprocess.Popen[bytes]:
+        command = [self.local(word, pod, container) for word in container["command"]]
+        return subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
+
     def _mount(self, pod: Pod) -> None:
+        pod.folder.mkdir(parents=True)
+        for template in pod.claims:
+            # Under the pod's name, so that its successor has the same.
+            claim = self._folder / "claims" / f"{template['metadata']['name']}-{pod.name}"
+            claim.mkdir(parents=True, exist_ok=True)
+            (pod.folder / template["metadata"]["name"]).symlink_to(claim)
         for volume in pod.manifest["spec"]["volumes"]:
             directory = pod.folder / volume["name"]
-            directory.mkdir(parents=True)
+            directory.mkdir()
             for source in volume.get("projected", {}).get("sources", [volume]):
                 for name, text in self._files(source).items():
                     (directory / name).write_text(self.local(text, pod))
@@ -275,7 +293,7 @@ class Cluster:
         assert self.delete(pod) == 0, pod.log()
         self.pods.remove(pod)
         folder = self._folder / f"{pod.folder.name}-again"
-        return self._start(Pod(pod.name, pod.address, pod.manifest, folder))
+        return self._start(Pod(pod.name, pod.address, pod.manifest, folder, claims=pod.claims))
 
     # What the cluster's network does.
 

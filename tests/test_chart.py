@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ MONITORED = {
     "monitoring": {"monitors": True, "rules": True, "dashboard": True},
     "networkPolicy": {"metricsFrom": PEERS["monitoring"]},
 }
+HUB = {"repository": "someone/llama", "revision": "a" * 40}
 # Every feature by itself, so that each one's templates are rendered both ways.
 CASES: dict[str, Mapping[str, Any]] = {
     "defaults": {},
@@ -88,6 +90,29 @@ CASES: dict[str, Mapping[str, Any]] = {
     },
     "claims for caches": {
         "dataPlane": {"replicas": 2, "cache": {"claim": True, "storageClassName": "fast"}}
+    },
+    "hub": {
+        "dataPlane": {
+            "model": {"hub": HUB | {"tokenSecret": "hub", "storageClassName": "fast"}},
+            "cache": {"claim": True},
+        }
+    },
+    "hub without claims": {
+        "dataPlane": {
+            "model": {
+                "name": "llama",
+                "path": "a/b",
+                "hub": HUB | {"claim": False, "endpoint": "http://hub.example:8080/x"},
+            }
+        }
+    },
+    "hub into a claim": {
+        "dataPlane": {"model": {"existingClaim": "models", "path": "fetched", "hub": HUB}}
+    },
+    "hub into a made claim": {
+        "dataPlane": {
+            "model": {"claim": {"create": True, "accessMode": "ReadWriteMany"}, "hub": HUB}
+        }
     },
     "external redis": EXTERNAL_REDIS,
     "access": {
@@ -261,6 +286,8 @@ def test_objects_belong_to_the_release(name: str) -> None:
             volumes |= claims
         for container in manifest["spec"]["containers"]:
             assert {each["name"] for each in container["volumeMounts"]} == volumes, pod
+        for container in manifest["spec"].get("initContainers", ()):
+            assert {each["name"] for each in container["volumeMounts"]} <= volumes, pod
 
 
 @every_case
@@ -332,6 +359,11 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
 # What is refused, and how.
 
 
+def hub(changed: dict[str, Any], **model: Any) -> dict[str, Any]:
+    """Values for a model from a hub, with something changed or added."""
+    return {"dataPlane": {"model": model | {"hub": HUB | changed}}}
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -398,6 +430,17 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
             "certificates come from one of them",
         ),
         ({"dataPlane": {"model": {"path": "a"}}}, "dataPlane.model.path is in no volume"),
+        (hub({"revision": "main"}), "does not match pattern"),
+        (hub({"repository": "a/b/c"}), "does not match pattern"),
+        (hub({"endpoint": "https://user:secret@hub.example"}), "does not match pattern"),
+        (hub({"revision": ""}), "revision is empty: pin a full commit of someone/llama"),
+        (hub({"repository": ""}), "revision is of no repository"),
+        (hub({}, claim={"create": True}), "nothing can be fetched into it"),
+        (
+            hub({}, claim={"create": True, "dataSourceRef": {"kind": "a", "name": "b"}}),
+            "the claim is filled by one of them",
+        ),
+        (hub({}) | {"networkPolicy": {"hubTo": []}}, "no policy lets engines reach it"),
         (
             {"dataPlane": {"model": {"existingClaim": "a", "claim": {"create": True}}}},
             "the model is in one of them",
@@ -528,6 +571,9 @@ def test_rollouts_wait_for_engines() -> None:
         assert seconds <= probe["failureThreshold"] * probe["periodSeconds"] < seconds + 5
         control = rendered.get("Deployment", "quire-control-plane")["spec"]
         assert control["progressDeadlineSeconds"] == seconds + 600
+        fetching = render(values, hub({"fetchSeconds": 100}))
+        control = fetching.get("Deployment", "quire-control-plane")["spec"]
+        assert control["progressDeadlineSeconds"] == seconds + 700
         assert engines.get("minReadySeconds", 0) == (30 if engines["replicas"] > 1 else 0)
 
 
@@ -625,6 +671,59 @@ def test_the_model_is_mounted_for_reading_only() -> None:
     assert case("existing claim").settings("data-plane")["model"] == "/model/llama/8b"
     assert case("made claim").settings("data-plane")["model"] == "/model"
     assert "model" not in case("laptop").settings("data-plane")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("hub")])
+def test_what_fetches_the_model_alone_writes_it_and_has_the_token(name: str) -> None:
+    pod = case(name).get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
+    (fetching,), (serving,) = pod["initContainers"], pod["containers"]
+    settings = case(name).settings("data-plane")
+    assert f"--into={settings['model']}" in fetching["command"]
+    assert settings["served_model_name"] == ("llama" if "without" in name else "someone/llama")
+    mounts = [
+        next(mount for mount in container["volumeMounts"] if mount["name"] == "model")
+        for container in (fetching, serving)
+    ]
+    assert [mount.get("readOnly", False) for mount in mounts] == [False, True]
+    assert Path(settings["model"]).is_relative_to(mounts[0]["mountPath"])
+    environments = [{each["name"] for each in each["env"]} for each in (fetching, serving)]
+    assert ["HF_HUB_OFFLINE" in each for each in environments] == [False, True]
+    assert ["HF_TOKEN" in each for each in environments] == [name == "hub", False]
+    # It costs the cluster nothing beyond the engine: a pod's request is the larger of both.
+    for amounts in ("requests", "limits"):
+        own = fetching["resources"][amounts]
+        assert own.items() <= serving["resources"][amounts].items()
+        assert "nvidia.com/gpu" not in own
+    assert fetching["image"] == serving["image"]
+
+
+def test_a_model_is_fetched_into_a_volume_of_the_engine_or_a_shared_one() -> None:
+    def volumes(name: str) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+        spec = case(name).get("StatefulSet", "quire-data-plane")["spec"]
+        pod = spec["template"]["spec"]
+        found = {volume["name"]: volume for volume in pod["volumes"]}
+        claims = {each["metadata"]["name"]: each for each in spec.get("volumeClaimTemplates", ())}
+        return found, pod["initContainers"][0]["command"], claims
+
+    found, command, claims = volumes("hub")
+    assert "--sole" in command and set(claims) == {"cache", "model"}
+    assert claims["model"]["spec"]["storageClassName"] == "fast"
+    assert claims["model"]["spec"]["resources"] == {"requests": {"storage": "200Gi"}}
+    assert "storageClassName" not in claims["cache"]["spec"]
+    found, command, claims = volumes("hub without claims")
+    assert "--sole" in command and not claims
+    assert found["model"]["emptyDir"] == {"sizeLimit": "200Gi"}
+    # What others share is not theirs to remove from.
+    for name, claim in (("hub into a claim", "models"), ("hub into a made claim", "quire-model")):
+        found, command, claims = volumes(name)
+        assert "--sole" not in command and not claims
+        assert found["model"]["persistentVolumeClaim"] == {"claimName": claim}
+    # Nobody may change a claim's template, so that another revision must not.
+    before = case("hub").get("StatefulSet", "quire-data-plane")["spec"]
+    later = render(CASES["hub"], hub({"revision": "b" * 40}), {"commonLabels": {"a": "b"}})
+    after = later.get("StatefulSet", "quire-data-plane")["spec"]
+    assert after["volumeClaimTemplates"] == before["volumeClaimTemplates"]
+    assert after["template"] != before["template"]
 
 
 def test_a_made_claim_binds_to_a_volume_without_a_class() -> None:
@@ -755,7 +854,7 @@ def test_pods_satisfy_the_restricted_standard(name: str) -> None:
     assert len(pods) >= 3
     for component, manifest in pods:
         pod = manifest["spec"]
-        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "hostUsers", "initContainers"}
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "hostUsers"}
         assert pod["automountServiceAccountToken"] is False, component
         assert pod["enableServiceLinks"] is False
         for volume in pod["volumes"]:
@@ -763,7 +862,7 @@ def test_pods_satisfy_the_restricted_standard(name: str) -> None:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"].get("runAsUser", 1) != 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        for container in pod["containers"]:
+        for container in (*pod.get("initContainers", ()), *pod["containers"]):
             assert container["securityContext"] == {
                 "runAsNonRoot": True,
                 "readOnlyRootFilesystem": True,
@@ -919,6 +1018,25 @@ def test_by_default_nobody_operates_and_an_engine_calls_nobody() -> None:
     assert {source for source, _, (port, _) in reached if port == 7411} == {"control plane"}
     assert {source for source, _, (port, _) in reached if port == 6379} == {"control plane"}
     assert not case("no policies").all("NetworkPolicy")
+
+
+def test_engines_that_fetch_reach_the_hub_and_names_alone() -> None:
+    def egress(name: str) -> list[dict[str, Any]]:
+        policy = case(name).get("NetworkPolicy", "quire-data-plane")["spec"]
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+        return list(policy.get("egress", ()))
+
+    assert egress("existing claim") == []
+    for name, port in (("hub", 443), ("hub into a claim", 443), ("hub without claims", 8080)):
+        names, hub = egress(name)
+        assert {each["port"] for each in names["ports"]} == {53, 5353}
+        assert hub["ports"] == [{"port": port}]
+        # The Internet, and nobody in the cluster or beside it.
+        blocks = [peer["ipBlock"] for peer in hub["to"]]
+        assert [block["cidr"] for block in blocks] == ["0.0.0.0/0", "2000::/3"]
+        private = [ip_network(inside) for inside in blocks[0]["except"]]
+        for address in ("10.0.0.1", "172.31.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1"):
+            assert any(ip_address(address) in inside for inside in private)
 
 
 def test_health_can_be_kept_from_others_too() -> None:
