@@ -6,7 +6,7 @@ in commands, environment and mounted files alike (`Cluster.local`):
 
 - a pod's mount paths by directories below a temporary one;
 - 0.0.0.0 by the pod's own loopback address, so that every pod can have the same ports;
-- DNS names, where a port follows, by such addresses.
+- DNS names, where a port follows, by such addresses; LWS_LEADER_ADDRESS is one from the start.
 
 Certificates are issued as cert-manager would, and are good for the addresses of the names that they
 are good for. Images are this environment's python and redis-server.
@@ -32,7 +32,7 @@ from typing import IO, Any
 from protos.probe import is_serving
 from protos.wire import Tls
 from tests.certificates import Authority
-from tests.chart import NAMESPACE, ROOT, Manifest, Rendered
+from tests.chart import NAMESPACE, ROOT, Manifest, Rendered, claim_templates
 from tests.redis_server import redis_executable
 
 DOMAIN = f"{NAMESPACE}.svc.cluster.local"
@@ -46,7 +46,12 @@ def _pattern(dns: str) -> str:
 
 @dataclass
 class Pod:
-    """One container after those that prepare it, and what its kubelet knows of it."""
+    """One container after those that prepare it, and what its kubelet knows of it.
+
+    Attributes:
+        claims: templates of the claims that are its own.
+        place: what LeaderWorkerSet tells all its containers.
+    """
 
     name: str
     address: str
@@ -57,6 +62,7 @@ class Pod:
     terminating: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     claims: list[Manifest] = field(default_factory=list)
+    place: dict[str, str] = field(default_factory=dict)
 
     @property
     def container(self) -> dict[str, Any]:
@@ -119,8 +125,28 @@ class Cluster:
         template = manifest if kind == "Pod" else manifest["spec"]["template"]
         if kind == "StatefulSet":
             self._names[f"{name}.{manifest['spec']['serviceName']}.{DOMAIN}"] = address
-        claims = manifest["spec"].get("volumeClaimTemplates", [])
+        claims = claim_templates(manifest)
         return self._start(Pod(name, address, template, self._folder / name, claims=claims))
+
+    def create_group(self, workload: str) -> list[Pod]:
+        """What LeaderWorkerSet makes of a set: pods of one group, each of which knows its place."""
+        manifest = self._rendered.get("LeaderWorkerSet", workload)
+        parts, pods = manifest["spec"]["leaderWorkerTemplate"], list[Pod]()
+        leader = self._new_address()
+        for index in range(parts["size"]):
+            name = f"{workload}-0-{index}" if index else f"{workload}-0"
+            template = parts["workerTemplate" if index else "leaderTemplate"]
+            address = self._new_address() if index else leader
+            self._names[f"{name}.{workload}.{DOMAIN}"] = address
+            pod = Pod(name, address, template, self._folder / name)
+            pod.claims = claim_templates(manifest)
+            pod.place = {
+                "LWS_LEADER_ADDRESS": leader,
+                "LWS_GROUP_SIZE": str(parts["size"]),
+                "LWS_WORKER_INDEX": str(index),
+            }
+            pods.append(self._start(pod))
+        return pods
 
     def local(self, text: str, pod: Pod, container: Manifest | None = None) -> str:
         """What a text of a manifest means on this machine, in one of a pod's containers."""
@@ -151,7 +177,7 @@ class Cluster:
         return pod
 
     def _environment(self, pod: Pod, container: Manifest) -> dict[str, str]:
-        found = {"PATH": ":".join([*_IMAGE_PATH, os.defpath])}
+        found = pod.place | {"PATH": ":".join([*_IMAGE_PATH, os.defpath])}
         for variable in container.get("env", ()):
             value = self.local(self._value(variable, pod), pod, container)
             expanded = re.sub(r"\$\((\w+)\)", lambda name: found[name[1]], value)
@@ -368,7 +394,10 @@ def running(rendered: Rendered, folder: Path) -> Iterator[Cluster]:
     """Everything but `helm test`, ready."""
     with Cluster(rendered, folder) as cluster:
         redis = cluster.create("Deployment", "quire-redis")
-        cluster.create("StatefulSet", "quire-data-plane")
+        if rendered.all("LeaderWorkerSet"):
+            cluster.create_group("quire-engine")
+        else:
+            cluster.create("StatefulSet", "quire-data-plane")
         cluster.wait_ready(redis)
         control = cluster.create("Deployment", "quire-control-plane")
         cluster.wait_ready(control)

@@ -22,6 +22,7 @@ import yaml
 from kubernetes_validate import utils
 
 from control_plane.settings import Settings as ControlSettings
+from data_plane.ranks import Place
 from data_plane.settings import Settings as DataSettings
 from helm.generate import OF_THE_CHART, SETTINGS, readme, schema
 from tests.api_server import api_server
@@ -33,7 +34,10 @@ from tests.chart import (
     Manifest,
     Rendered,
     chart,
+    claim_templates,
+    merged,
     render,
+    templates,
     values_file,
 )
 from tests.test_docs import section
@@ -57,6 +61,7 @@ MONITORED = {
     "monitoring": {"monitors": True, "rules": True, "dashboard": True},
     "networkPolicy": {"metricsFrom": PEERS["monitoring"]},
 }
+EIGHT = {"nodes": 2, "tensorParallel": 16, "replicas": 2}
 HUB = {"repository": "someone/llama", "revision": "a" * 40}
 # Every feature by itself, so that each one's templates are rendered both ways.
 CASES: dict[str, Mapping[str, Any]] = {
@@ -72,6 +77,15 @@ CASES: dict[str, Mapping[str, Any]] = {
         for plane in ("controlPlane", "dataPlane")
     },
     "tensor parallel": {"dataPlane": {"tensorParallel": 8, "replicas": 3, "swapMemoryMib": 4096}},
+    "several nodes": {
+        "dataPlane": EIGHT | {"swapMemoryMib": 1000, "annotations": {"a.example/b": "c"}}
+    },
+    "several nodes of everything": merged(
+        H200, {"dataPlane": EIGHT | {"cache": {"claim": True}, "model": {"hub": HUB}}}
+    ),
+    "several nodes that fetch": {
+        "dataPlane": EIGHT | {"cache": {"claim": True}, "model": {"hub": HUB}}
+    },
     "existing claim": {"dataPlane": {"model": {"existingClaim": "models", "path": "llama/8b"}}},
     "made claim": {
         "dataPlane": {
@@ -183,6 +197,21 @@ CUSTOM: dict[str, tuple[str, set[str], KEYS]] = {
             "privateKey": dict.fromkeys(("algorithm", "size", "rotationPolicy")),
         },
     ),
+    "LeaderWorkerSet": (
+        "leaderworkerset.x-k8s.io/v1",
+        {"leaderWorkerTemplate"},
+        dict.fromkeys(("replicas", "startupPolicy"))
+        | {
+            "rolloutStrategy": {
+                "type": None,
+                "rollingUpdateConfiguration": dict.fromkeys(("maxUnavailable", "maxSurge")),
+            },
+            # Of the templates Kubernetes's own schemas say what is right.
+            "leaderWorkerTemplate": dict.fromkeys(("size", "restartPolicy"))
+            | dict.fromkeys(("leaderTemplate", "workerTemplate", "volumeClaimTemplates"))
+            | {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": None, "whenScaled": None}},
+        },
+    ),
     "ServiceMonitor": (
         "monitoring.coreos.com/v1",
         {"selector", "endpoints"},
@@ -245,6 +274,11 @@ def test_manifests_are_valid_for_every_version(name: str, monkeypatch: pytest.Mo
             assert needed <= manifest["spec"].keys()
             assert set(unknown(manifest["spec"], keys)) == set()
             assert set(manifest["spec"].get("usages", ())) <= USAGES
+            for template in templates(manifest):
+                pods = {"apiVersion": "v1", "kind": "PodTemplate", "template": template}
+                kubernetes_validate.validate(pods, version, strict=True)
+            for claim in claim_templates(manifest):
+                kubernetes_validate.validate(claim, version, strict=True)
         else:
             kubernetes_validate.validate(manifest, version, strict=True)
 
@@ -276,8 +310,8 @@ def test_objects_belong_to_the_release(name: str) -> None:
         assert metadata["labels"]["app.kubernetes.io/managed-by"] == "Helm"
     claims = {
         each["metadata"]["name"]
-        for workload in rendered.all("StatefulSet")
-        for each in workload["spec"].get("volumeClaimTemplates", ())
+        for workload in rendered.all("StatefulSet", "LeaderWorkerSet")
+        for each in claim_templates(workload)
     }
     for pod, manifest in rendered.pods():
         volumes = {each["name"] for each in manifest["spec"]["volumes"]}
@@ -341,6 +375,9 @@ def test_long_names_stay_within_what_kubernetes_takes() -> None:
         assert len(manifest["metadata"]["name"]) <= (
             52 if manifest["kind"] == "StatefulSet" else 63
         )
+    # LeaderWorkerSet makes StatefulSets of workers, with the number of the group at their end.
+    (engines,) = render(CASES["several nodes"], name="r" * 53).all("LeaderWorkerSet")
+    assert len(f"{engines['metadata']['name']}-1023") <= 52
 
 
 @every_case
@@ -429,6 +466,9 @@ def hub(changed: dict[str, Any], **model: Any) -> dict[str, Any]:
             {"tls": CASES["tls of secrets"]["tls"] | {"certManager": {"enabled": True}}},
             "certificates come from one of them",
         ),
+        ({"dataPlane": {"nodes": 2}}, "tensorParallel is 1, which 2 nodes do not divide"),
+        ({"dataPlane": {"nodes": 3, "tensorParallel": 8}}, "8, which 3 nodes do not divide"),
+        ({"dataPlane": {"nodes": 0}}, "minimum: got 0, want 1"),
         ({"dataPlane": {"model": {"path": "a"}}}, "dataPlane.model.path is in no volume"),
         (hub({"revision": "main"}), "does not match pattern"),
         (hub({"repository": "a/b/c"}), "does not match pattern"),
@@ -510,8 +550,58 @@ def test_the_control_plane_is_told_of_each_engine() -> None:
     assert engines["replicas"] == 3
 
 
-def test_certificates_cover_the_names_that_are_called() -> None:
-    rendered = case("h200")
+def test_an_engine_of_several_nodes_is_a_group_of_pods() -> None:
+    rendered = case("several nodes")
+    engines = rendered.get("LeaderWorkerSet", "quire-engine")
+    group = engines["spec"]["leaderWorkerTemplate"]
+    assert (engines["spec"]["replicas"], group["size"]) == (2, 2)
+    assert group["restartPolicy"] == "RecreateGroupOnPodRestart"
+    assert engines["metadata"]["annotations"] == {"a.example/b": "c"}
+    assert rendered.settings("data-plane")["tensor_parallel"] == 16
+    # Each group's first pod, by the name that it has in the Service that the set makes.
+    assert rendered.settings("control-plane")["engines"].split(",") == [
+        f"quire-engine-{number}.quire-engine.serving.svc.cluster.local:7411" for number in range(2)
+    ]
+    names = {each["metadata"]["name"] for each in rendered.all("Service", "StatefulSet")}
+    assert not names & {"quire-data-plane", "quire-engine"}
+    (first,), (worker,) = (
+        group[kind]["spec"]["containers"] for kind in ("leaderTemplate", "workerTemplate")
+    )
+    # Nobody calls a worker, and the first pod notices when one ends or hangs.
+    own = {"ports", "startupProbe", "readinessProbe", "livenessProbe"}
+    assert {key: value for key, value in first.items() if key not in own} == worker
+    assert first.keys() - worker.keys() == own
+    # What the set tells its pods, as the program's own variables.
+    environment = {each["name"]: each.get("value") for each in worker["env"]}
+    place = Place.of(
+        16,
+        {
+            name: str(value)
+            .replace("$(LWS_WORKER_INDEX)", "1")
+            .replace("$(LWS_GROUP_SIZE)", "2")
+            .replace("$(LWS_LEADER_ADDRESS)", "quire-engine-0.quire-engine.serving")
+            for name, value in environment.items()
+        },
+    )
+    leader = "quire-engine-0.quire-engine.serving"
+    assert place == Place(8, 16, 0, 8, leader, 7412, starts_others=True)
+    for amounts in ("requests", "limits"):
+        assert worker["resources"][amounts]["nvidia.com/gpu"] == 8
+        assert worker["resources"][amounts]["memory"] == f"{16384 + 1024 + 8 * 1000}Mi"
+
+
+def test_claims_of_groups_stay_when_workers_go_with_every_restart() -> None:
+    engines = case("several nodes that fetch").get("LeaderWorkerSet", "quire-engine")
+    group = engines["spec"]["leaderWorkerTemplate"]
+    policy = {"whenDeleted": "Retain", "whenScaled": "Retain"}
+    assert group["persistentVolumeClaimRetentionPolicy"] == policy
+    alone = render(CASES["several nodes that fetch"], {"dataPlane": {"nodes": 1}})
+    assert claim_templates(engines) == claim_templates(alone.get("StatefulSet", "quire-data-plane"))
+
+
+@pytest.mark.parametrize("name", ["h200", "several nodes of everything"])
+def test_certificates_cover_the_names_that_are_called(name: str) -> None:
+    rendered = case(name)
 
     def names(component: str) -> list[str]:
         return list(rendered.get("Certificate", f"quire-{component}")["spec"]["dnsNames"])
@@ -935,7 +1025,8 @@ def admits(rules: list[Any], side: str, actor: tuple[str, dict[str, str]], port:
     """Whether one of a policy's rules lets an actor through at a port."""
     namespace, labels = actor
     for rule in rules:
-        if port not in {(each["port"], each.get("protocol", "TCP")) for each in rule["ports"]}:
+        ports = {(each["port"], each.get("protocol", "TCP")) for each in rule.get("ports", ())}
+        if "ports" in rule and port not in ports:
             continue
         if side not in rule:
             return True
@@ -1037,6 +1128,17 @@ def test_engines_that_fetch_reach_the_hub_and_names_alone() -> None:
         private = [ip_network(inside) for inside in blocks[0]["except"]]
         for address in ("10.0.0.1", "172.31.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1"):
             assert any(ip_address(address) in inside for inside in private)
+
+
+def test_ranks_on_several_nodes_reach_each_other_and_names_alone() -> None:
+    def of_engines(name: str) -> set[tuple[str, str, Port]]:
+        return {each for each in reachable(case(name)) if each[0] == "data plane"}
+
+    assert not of_engines("tensor parallel")
+    names = {("data plane", "DNS", port) for port in PORTS if port[0] in (53, 5353)}
+    assert of_engines("several nodes") == names | {
+        ("data plane", "data plane", port) for port in PORTS if port != (7413, "TCP")
+    }
 
 
 def test_health_can_be_kept_from_others_too() -> None:

@@ -103,3 +103,14 @@ version. Takes a list: root, name, values with size and storageClassName. */}}
       requests:
         storage: {{ $values.size }}
 {{- end -}}
+
+{{/* Claims of each pod of an engine, which only the pod's own place has. */}}
+{{- define "quire.engineClaims" -}}
+{{- $values := .Values.dataPlane }}
+{{- if $values.cache.claim }}
+{{- include "quire.claimTemplate" (list . "cache" $values.cache) }}
+{{- end }}
+{{- if and (include "quire.modelIsOwn" .) $values.model.hub.claim }}
+{{- include "quire.claimTemplate" (list . "model" $values.model.hub) }}
+{{- end }}
+{{- end -}}
