@@ -139,7 +139,7 @@ def _patiently(source: Source, directory: Path, patience_seconds: float) -> None
                 raise FetchError(
                     f"the hub at {constants.ENDPOINT} cannot be reached: {reason}", EXIT_UNAVAILABLE
                 ) from error
-            log.warning("the hub cannot be reached, which is tried again: %s", reason)
+            log.warning("the hub cannot be reached, trying again: %s", reason)
             time.sleep(_PAUSE_SECONDS)
 
 
@@ -332,10 +332,11 @@ def _refusal(error: BaseException, source: Source) -> str | None:
 
 def _volume_trouble(error: BaseException) -> str | None:
     """What the volume refuses; hf_xet tells errors of the system in words alone."""
-    number = error.errno if isinstance(error, OSError) else None
+    number, path = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
     if number in _FULL or f"os error {errno.ENOSPC}" in str(error):
         return "the volume is full: it must hold the whole model"
-    if number in _CLOSED:
+    # A network may answer with the same numbers, but has no path.
+    if number in _CLOSED and path is not None:
         return f"the volume cannot be written: {error}"
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from data_plane.fetch_model import EXIT_REFUSED, EXIT_UNAVAILABLE, EXIT_VOLUME, MARKER
+from data_plane.fetch_model import (
+    EXIT_REFUSED,
+    EXIT_UNAVAILABLE,
+    EXIT_VOLUME,
+    MARKER,
+    Source,
+    _verdict,
+)
 from data_plane.weights import Checkpoint
 from tests.hub import COMMIT, Hub, serving
 from tests.models import add_tokenizer, tiny_model
@@ -243,7 +251,7 @@ def test_a_hub_that_is_away_is_waited_for_and_at_last_given_up(hub: Hub, tmp_pat
     hub.status = 408
     with start(nowhere, "a", "--patience-seconds", "0") as given_up, start(hub.url, "b") as waiting:
         assert given_up.stderr and waiting.stderr
-        assert "which is tried again" in waiting.stderr.readline()
+        assert "trying again" in waiting.stderr.readline()
         hub.status = 0
         assert waiting.wait(60) == 0
         assert given_up.wait(60) == EXIT_UNAVAILABLE
@@ -257,6 +265,27 @@ def test_a_volume_that_cannot_hold_it_is_said_so(hub: Hub, tmp_path: Path) -> No
     assert "cannot be written" in closed
     hub.repositories[REPOSITORY]["model.safetensors"] = _Vast(b"x")
     assert "GB more, and the volume has" in refused(run(hub, tmp_path / COMMIT), EXIT_VOLUME)
+
+
+def test_what_the_system_says_is_told_apart() -> None:
+    source = Source(REPOSITORY, COMMIT)
+    full = _verdict(OSError(errno.ENOSPC, "No space left on device"), source)
+    # As hf_xet has it, in words alone, and under another error.
+    of_xet = RuntimeError("Data processing error: No space left on device (os error 28)")
+    of_xet.__cause__ = ValueError()
+    wrapped = RuntimeError("cannot")
+    wrapped.__cause__ = of_xet
+    closed = _verdict(OSError(errno.EROFS, "Read-only file system", "/model/a"), source)
+    for verdict, words in (
+        (full, "the volume is full"),
+        (_verdict(wrapped, source), "the volume is full"),
+        (closed, "cannot be written: "),
+    ):
+        assert verdict is not None and words in str(verdict) and verdict.status == EXIT_VOLUME
+    # A network that refuses a connection has the same number, and may let it through later.
+    refused = ConnectionError("no connection")
+    refused.__cause__ = PermissionError(errno.EPERM, "Operation not permitted")
+    assert _verdict(refused, source) is None
 
 
 class _Vast(bytes):
