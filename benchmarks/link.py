@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.planes import engine_flags, free_port, process
 from benchmarks.report import report
 from benchmarks.workload import save_model
-from control_plane.engine_link import EngineLink
+from control_plane.engine_link import EngineLink, ReplicaAddress
 from control_plane.engine_wire import decode_result, encode_plan
 from control_plane.request import Request
 from control_plane.scheduler import Scheduler, SchedulerLimits
@@ -73,7 +73,7 @@ async def over_grpc(port: int) -> float:
     best = 0.0
     for _ in range(3):
         facts = await link.describe()
-        leadership = await link.lead("bench", facts.incarnation)
+        leadership = await link.lead(ReplicaAddress("bench"), facts.incarnation)
         sched = scheduler(facts.fingerprint, facts.block_count)
         sched.restore([], {}, [row.slot for row in leadership.snapshot.rows])
         began = time.perf_counter()

@@ -1,16 +1,22 @@
-"""The admin API: what this replica's engines hold, and what operators want. Knows grpc and pb2."""
+"""The admin API: what engines hold, and what operators want. Knows grpc and pb2.
+
+A replica knows the engines that it leads. What others lead it asks of those, unless it was asked by
+another replica itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 
+from control_plane import admin_merge as merge
 from control_plane import admin_views as views
+from control_plane.admin_peers import MAX_PAGE_SIZE, AdminPeers, Answer, Gathered
 from control_plane.engine_link import EngineFacts
 from control_plane.leader import EngineLeader
 from control_plane.prefix_index import EngineLife, PrefixIndex
@@ -25,7 +31,7 @@ from control_plane.prefixes.store import (
     TooManyPrefixes,
 )
 from control_plane.prompts import tokenise
-from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
+from control_plane.router import HERE, AmbiguousModel, NoEngine, Router, UnknownModel
 from control_plane.scheduler import Scheduler
 from control_plane.tokenizer import PromptTokenizer
 from protos import validation, wire
@@ -34,7 +40,6 @@ from protos.admin.v1 import admin_pb2_grpc
 from protos.inference.v1 import inference_pb2
 
 SERVICE = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
-MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
 
 Item = TypeVar("Item")
@@ -49,6 +54,7 @@ class Operated:
     registered: RegisteredPrefixes
     store: RegisteredStore
     keeper: PrefixKeeper
+    peers: AdminPeers
 
 
 class Admin(admin_pb2_grpc.AdminServiceServicer):
@@ -57,7 +63,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     def __init__(self, operated: Operated) -> None:
         self._router, self._index = operated.router, operated.index
         self._registered, self._store = operated.registered, operated.store
-        self._keeper = operated.keeper
+        self._keeper, self._peers = operated.keeper, operated.peers
         self._explainer = Explainer(self._router, self._index, self._registered)
 
     # Engines, sequences and blocks.
@@ -65,26 +71,36 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     async def ListEngines(
         self, message: pb.ListEnginesRequest, context: wire.Context
     ) -> pb.ListEnginesResponse:
-        engines = [views.engine(leader) for leader in self._router.leaders]
+        others = await self._peers.gather(pb.ListEnginesResponse, message, context, "engines")
+        own = [views.engine(leader) for leader in self._router.leaders]
+        engines = merge.engines(own, others.rows)
         page, token = await _page(engines, message.page_size, message.page_token, context)
-        return pb.ListEnginesResponse(engines=page, next_page_token=token)
+        return pb.ListEnginesResponse(
+            engines=page, next_page_token=token, unanswered_replicas=others.unanswered
+        )
 
     async def ListSequences(
         self, message: pb.ListSequencesRequest, context: wire.Context
     ) -> pb.ListSequencesResponse:
-        sequences = [
+        others = await self._peers.gather(pb.ListSequencesResponse, message, context, "sequences")
+        own = [
             views.sequence(leader, scheduler, sequence)
             for leader, scheduler in self._led(message.engine_id)
             for group in scheduler.groups
             for sequence in group.sequences
             if sequence.finish is None
         ]
+        sequences = own + others.rows
         page, token = await _page(sequences, message.page_size, message.page_token, context)
-        return pb.ListSequencesResponse(sequences=page, next_page_token=token)
+        return pb.ListSequencesResponse(
+            sequences=page, next_page_token=token, unanswered_replicas=others.unanswered
+        )
 
     async def GetBlockTable(
         self, message: pb.GetBlockTableRequest, context: wire.Context
     ) -> pb.GetBlockTableResponse:
+        if message.engine_id and not self._led(message.engine_id):
+            return await self._at_leader(pb.GetBlockTableResponse, message, context)
         for _, scheduler in self._led(message.engine_id):
             for group in scheduler.groups:
                 request = group.request
@@ -96,10 +112,11 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
                     if sequence.sample_index == message.sample:
                         blocks = views.block_table(scheduler, sequence.slot)
                         return pb.GetBlockTableResponse(blocks=blocks)
-        sentence = "no such sequence is resident on an engine that this replica leads"
-        return await wire.abort(
-            context, wire.failed(grpc.StatusCode.NOT_FOUND, "NO_SEQUENCE", sentence)
-        )
+        sentence = "no such sequence is resident on an engine"
+        missing = wire.failed(grpc.StatusCode.NOT_FOUND, "NO_SEQUENCE", sentence)
+        if message.engine_id:
+            return await wire.abort(context, missing)
+        return await self._elsewhere(pb.GetBlockTableResponse, message, context, missing)
 
     async def GetBlockMap(
         self, message: pb.GetBlockMapRequest, context: wire.Context
@@ -107,32 +124,40 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         for _, scheduler in self._led(message.engine_id):
             if message.engine_id:
                 return views.block_map(scheduler)
-        return await wire.abort(context, self._no_engine(message.engine_id))
+        return await self._at_leader(pb.GetBlockMapResponse, message, context)
 
     # Prefixes.
 
     async def ListPrefixes(
         self, message: pb.ListPrefixesRequest, context: wire.Context
     ) -> pb.ListPrefixesResponse:
-        found = self._hits(message.engine_id)
-        page, token = await _page(found, message.page_size, message.page_token, context)
-        holders = await self._holders(page)
-        pinned = self._pinned(page)
-        prefixes = [
-            views.prefix(
-                hits if self._registered.get(hits.name) else hits.unnamed(),
-                facts.model,
-                hits.digest in pinned,
-                holders[hits.digest],
-            )
-            for facts, hits in page
+        if self._is_led_elsewhere(message.engine_id):
+            return await self._at_leader(pb.ListPrefixesResponse, message, context)
+        others = Gathered()
+        if not message.engine_id:
+            others = await self._peers.gather(pb.ListPrefixesResponse, message, context, "prefixes")
+        own = [
+            views.prefix(hits if self._registered.get(hits.name) else hits.unnamed(), facts.model)
+            for facts, hits in self._hits(message.engine_id)
         ]
-        return pb.ListPrefixesResponse(prefixes=prefixes, next_page_token=token)
+        prefixes = merge.prefixes(own, others.rows)
+        page, token = await _page(prefixes, message.page_size, message.page_token, context)
+        await self._add_holders(page)
+        return pb.ListPrefixesResponse(
+            prefixes=page, next_page_token=token, unanswered_replicas=others.unanswered
+        )
 
     async def ExplainPrompt(
         self, message: pb.ExplainPromptRequest, context: wire.Context
     ) -> pb.ExplainPromptResponse:
+        places = self._router.places(message.model)
         try:
+            if places[0] != HERE:
+                answer = await self._peers.ask_any(
+                    places, pb.ExplainPromptResponse, message, context
+                )
+                if answer is not None:
+                    return answer
             facts, tokenizer = self._model(message.model)
             form = message.WhichOneof("prompt")
             if form is None:
@@ -152,9 +177,11 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         tenant = message.tenant if message.HasField("tenant") else None
         lookup = self._router.lookups.get(message.request_id, tenant)
         if lookup is None or lookup.facts is None:
-            known = "is not known to this replica, or too long ago"
+            known = "is not known, or too long ago"
             sentence = known if lookup is None else "waits for an engine"
             error = wire.failed(grpc.StatusCode.NOT_FOUND, "NO_LOOKUP", f"this request {sentence}")
+            if lookup is None:
+                return await self._elsewhere(pb.ExplainRequestResponse, message, context, error)
             await wire.abort(context, error)
         found = await self._explainer.request(lookup, lookup.facts)
         explanation = views.explanation(found, message.request_id)
@@ -165,8 +192,14 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     async def ListRegisteredPrefixes(
         self, message: pb.ListRegisteredPrefixesRequest, context: wire.Context
     ) -> pb.ListRegisteredPrefixesResponse:
-        shown = [self._shown(each) for each in self._registered.definitions]
-        return pb.ListRegisteredPrefixesResponse(prefixes=shown)
+        others = await self._peers.gather(
+            pb.ListRegisteredPrefixesResponse, message, context, "prefixes"
+        )
+        own = [self._shown(each) for each in self._registered.definitions]
+        return pb.ListRegisteredPrefixesResponse(
+            prefixes=merge.registered_prefixes(own, others.rows),
+            unanswered_replicas=others.unanswered,
+        )
 
     async def RegisterPrefix(
         self, message: pb.RegisterPrefixRequest, context: wire.Context
@@ -236,7 +269,12 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
                 else:
                     leader.drain()
                 return pb.DrainEngineResponse(engine=views.engine(leader))
-        return await wire.abort(context, self._no_engine(message.engine_id))
+        answer = await self._at_leader(pb.DrainEngineResponse, message, context)
+        own = [views.engine(leader) for leader in self._router.leaders]
+        shown = merge.engines(own, [answer.engine])
+        return pb.DrainEngineResponse(
+            engine=next(row for row in shown if row.engine_id == message.engine_id)
+        )
 
     async def _put(self, definition: Definition) -> pb.RegisteredPrefix:
         try:
@@ -311,11 +349,9 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
                     merged[hits.digest] = leader.facts, both
         return sorted(merged.values(), key=lambda found: -found[1].saved_tokens)
 
-    async def _holders(
-        self, found: Items[tuple[EngineFacts, PrefixHits]]
-    ) -> dict[bytes, dict[str, int]]:
-        """References to each prefix's last block, by engine; 0 where another replica leads."""
-        digests = [hits.digest for _, hits in found]
+    async def _add_holders(self, rows: Items[pb.Prefix]) -> None:
+        """Says on which engines the last blocks of prefixes are, and which ones are pinned."""
+        digests = [row.prefix_hash for row in rows]
         holders: dict[bytes, dict[str, int]] = {digest: {} for digest in digests}
         for leader, scheduler in self._led(""):
             for digest in digests:
@@ -329,25 +365,48 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
                 held = await self._index.holders(leader.facts.fingerprint, [life], digests)
                 for digest in held[life]:
                     holders[digest][life.engine_id] = 0
-        return holders
+        pinned = self._pinned()
+        for row in rows:
+            merge.add_holders(row, holders[row.prefix_hash])
+            row.pinned = row.prefix_hash in pinned
 
-    def _pinned(self, found: Items[tuple[EngineFacts, PrefixHits]]) -> set[bytes]:
-        """The hashes of all pinned prefixes, for the models of some."""
-        kinds = {facts.kind: facts for facts, _ in found}
+    def _pinned(self) -> set[bytes]:
+        """The hashes of all pinned prefixes, for all models."""
+        facts = [leader.facts for leader in self._router.leaders if leader.facts is not None]
         return {
             digest
-            for facts in kinds.values()
-            for each in self._registered.definitions
-            if each.pinned
-            for digest in self._registered.hashes(each, facts)
+            for each in {facts.kind: facts for facts in facts}.values()
+            for definition in self._registered.definitions
+            if definition.pinned
+            for digest in self._registered.hashes(definition, each)
         }
 
-    def _no_engine(self, engine_id: str) -> wire.RpcError:
-        sentence = f"this replica leads no engine {engine_id!r}"
-        for leader in self._router.leaders:
-            if engine_id and engine_id == views.engine_id(leader) and leader.elsewhere:
-                sentence += f"; the replica at {leader.elsewhere} does"
-        return wire.failed(grpc.StatusCode.NOT_FOUND, "NO_ENGINE", sentence)
+    # What other replicas know.
+
+    def _is_led_elsewhere(self, engine_id: str) -> bool:
+        return bool(engine_id and self._router.place_of(engine_id))
+
+    async def _at_leader(self, kind: type[Answer], message: Any, context: wire.Context) -> Answer:
+        """Passes a call about one engine on to the replica that leads it, or ends it."""
+        try:
+            answer = await self._peers.ask_leader(message.engine_id, kind, message, context)
+        except wire.RpcError as error:
+            await wire.abort(context, error)
+        if answer is None:
+            sentence = f"no engine {message.engine_id!r} is led"
+            missing = wire.failed(grpc.StatusCode.NOT_FOUND, "NO_ENGINE", sentence)
+            await wire.abort(context, missing)
+        return answer
+
+    async def _elsewhere(
+        self, kind: type[Answer], message: Any, context: wire.Context, missing: wire.RpcError
+    ) -> Answer:
+        """Asks the other replicas for what is not here; `missing` ends the call if none has it."""
+        try:
+            answer = await self._peers.find(kind, message, context)
+        except wire.RpcError as error:
+            await wire.abort(context, error)
+        return answer if answer is not None else await wire.abort(context, missing)
 
 
 async def _page(

@@ -28,7 +28,7 @@ Row: TypeAlias = dict[str, Any]
 
 
 class AdminClient:
-    """Asks one replica what it knows, and tells it what operators want.
+    """Asks a replica what engines hold, and tells it what operators want.
 
     >>> async with AdminClient("127.0.0.1:7402") as admin:
     ...     engines = await admin.engines()
@@ -37,6 +37,9 @@ class AdminClient:
 
     Args:
         token, tls: as of the client library's `Client`.
+
+    Attributes:
+        unanswered: addresses of replicas without whose answers lists came, since the beginning.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class AdminClient:
     ) -> None:
         self.address = address
         self._metadata, self._tls = wire.bearer(token), tls
+        self.unanswered: set[str] = set()
 
     async def __aenter__(self) -> AdminClient:
         self._channel = wire.channel(self.address, self._tls)
@@ -97,17 +101,21 @@ class AdminClient:
         answer = await self._ask("ExplainPrompt", request, LONG_TIMEOUT_SECONDS)
         return _row(answer.explanation)
 
-    async def explain_request(self, request_id: str) -> Row:
-        """What a recent request found when an engine took it, and why not more."""
-        request = pb.ExplainRequestRequest(request_id=request_id)
+    async def explain_request(self, request_id: str, tenant: str | None = None) -> Row:
+        """What a recent request found when an engine took it, and why not more.
+
+        Args:
+            tenant: whose it was; None: the latest with this id is meant.
+        """
+        request = pb.ExplainRequestRequest(request_id=request_id, tenant=tenant)
         return _row((await self._ask("ExplainRequest", request, LONG_TIMEOUT_SECONDS)).explanation)
 
     async def registered(self) -> list[Row]:
         """Registered prefixes, by name."""
         request = pb.ListRegisteredPrefixesRequest()
-        return [
-            _row(each) for each in (await self._ask("ListRegisteredPrefixes", request)).prefixes
-        ]
+        answer = await self._ask("ListRegisteredPrefixes", request)
+        self.unanswered.update(answer.unanswered_replicas)
+        return [_row(each) for each in answer.prefixes]
 
     async def register(
         self, name: str, text: str, *, plain: bool = False, pinned: bool = False
@@ -142,6 +150,7 @@ class AdminClient:
         request.page_size = _PAGE_SIZE if limit is None else min(limit, _PAGE_SIZE)
         while True:
             page = await self._ask(method, request)
+            self.unanswered.update(page.unanswered_replicas)
             rows += [_row(item) for item in getattr(page, field)]
             if not page.next_page_token or (limit is not None and len(rows) >= limit):
                 return rows[:limit]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ def engine(leader: EngineLeader) -> pb.Engine:
         address=leader.link.address,
         state=_STATES[leader.state],
         epoch=leader.epoch,
-        leader_address=leader.leader_address,
+        leader_address=leader.leader_at.inference,
         draining=leader.draining,
     )
     if leader.facts is not None:
@@ -136,8 +136,8 @@ def _states(pool: BlockPool) -> npt.NDArray[np.uint8]:
     return states
 
 
-def prefix(hits: PrefixHits, model: str, pinned: bool, holders: Mapping[str, int]) -> pb.Prefix:
-    """`holders`: references to its last block, by engine."""
+def prefix(hits: PrefixHits, model: str) -> pb.Prefix:
+    """Without who holds it, and whether it is pinned."""
     return pb.Prefix(
         prefix_hash=hits.digest,
         name=hits.name,
@@ -148,11 +148,6 @@ def prefix(hits: PrefixHits, model: str, pinned: bool, holders: Mapping[str, int
         idle_seconds=time.monotonic() - hits.last_hit,
         tenant=hits.tenant,
         shared=hits.shared,
-        pinned=pinned,
-        holders=[
-            pb.PrefixHolder(engine_id=name, reference_count=references)
-            for name, references in holders.items()
-        ],
     )
 
 
@@ -207,6 +202,7 @@ def registered_prefix(
                 held_token_count=each.held_tokens,
                 warming=each.warming,
                 problem=each.problem,
+                known=each.known,
             )
             for each in standings
         ],

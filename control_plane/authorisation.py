@@ -56,8 +56,11 @@ ROLES: dict[str, frozenset[Role]] = {
         f"/quire.inference.v1.InferenceService/{name}": frozenset({Role.GENERATE, Role.RELAY})
         for name in _INFERENCE
     },
-    **{f"/quire.admin.v1.AdminService/{name}": frozenset({Role.READ}) for name in _READING},
-    **{f"/quire.admin.v1.AdminService/{name}": frozenset({Role.WRITE}) for name in _WRITING},
+    **{
+        f"/quire.admin.v1.AdminService/{name}": frozenset({role, Role.RELAY})
+        for role, names in ((Role.READ, _READING), (Role.WRITE, _WRITING))
+        for name in names
+    },
     **dict.fromkeys(HEALTH_METHODS, _ANYBODY),
 }
 

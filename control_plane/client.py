@@ -14,7 +14,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeAlias, TypedDict, Unpack, cast
@@ -186,8 +186,7 @@ class Client:
 
     async def __aenter__(self) -> Client:
         # Not before there is an event loop: a channel belongs to one.
-        self._channel = wire.channel(self.address, self._tls)
-        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._connection = _Connection(self.address, self._tls)
         return self
 
     async def __aexit__(
@@ -196,7 +195,7 @@ class Client:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._channel.close()
+        await self._connection.close()
 
     async def wait_connected(self, seconds: float) -> None:
         """Connects.
@@ -206,13 +205,13 @@ class Client:
         """
         try:
             async with asyncio.timeout(seconds):
-                await self._channel.channel_ready()
+                await self._connection.channel.channel_ready()
         except TimeoutError:
             raise CallError(grpc.StatusCode.UNAVAILABLE, await self._why_unreached()) from None
 
     async def _why_unreached(self) -> str:
         """What a call that does not wait for a connection ends with."""
-        stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        stub: Any = health_pb2_grpc.HealthStub(self._connection.channel)
         try:
             await stub.Check(health_pb2.HealthCheckRequest(), timeout=_WHY_SECONDS)
         except grpc.aio.AioRpcError as error:
@@ -246,19 +245,26 @@ class Client:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
-            call = self._stub.Generate(progress.resume(), timeout=left, metadata=self._metadata)
-            try:
-                async for event in call:
-                    if progress.take(event):
-                        # A search that begins again shows its best again, and is no further.
-                        if event.WhichOneof("event") != "best_so_far":
-                            patience.renew()
-                        yield event
-                return
-            except grpc.aio.AioRpcError as error:
-                wait = patience.wait(CallError.of(error, self.address))
-            finally:
-                call.cancel()
+            if self._connection.outdated:
+                self._connect_anew(self._connection)
+            async with self._connection.used() as connection:
+                stub = connection.stub
+                call = stub.Generate(progress.resume(), timeout=left, metadata=self._metadata)
+                try:
+                    async for event in call:
+                        if progress.take(event):
+                            # A search that begins again shows its best again, and is no further.
+                            if event.WhichOneof("event") != "best_so_far":
+                                patience.renew()
+                            yield event
+                    return
+                except grpc.aio.AioRpcError as error:
+                    failure = CallError.of(error, self.address)
+                finally:
+                    call.cancel()
+                if failure.reason == "DRAINING":
+                    self._connect_anew(connection)
+                wait = patience.wait(failure)
             if deadline is not None:
                 wait = min(wait, max(deadline - time.monotonic(), 0))
             await asyncio.sleep(wait)
@@ -292,9 +298,53 @@ class Client:
         """
         try:
             request = pb.CancelRequest(request_id=request_id)
-            await self._stub.Cancel(request, metadata=self._metadata)
+            await self._connection.stub.Cancel(request, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise CallError.of(error, self.address) from None
+
+    def _connect_anew(self, left: _Connection) -> None:
+        """Makes another connection, for calls from now on.
+
+        To leave a replica that ends: a connection stays where it was made, and everything is
+        refused there. Or because of a certificate that was renewed.
+        """
+        if left is self._connection:
+            left.left = True
+            self._connection = _Connection(self.address, self._tls)
+
+
+class _Connection:
+    """A channel, which is closed when it is left and its calls have ended.
+
+    Attributes:
+        left: no more calls are begun on it.
+    """
+
+    def __init__(self, address: str, tls: wire.Tls | None) -> None:
+        self.channel = wire.channel(address, tls)
+        self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.left = False
+        self._calls = 0
+        self._tls, self._certificate = tls, wire.version(tls)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the certificate has been renewed since."""
+        return wire.is_outdated(self._tls, self._certificate)
+
+    @asynccontextmanager
+    async def used(self) -> AsyncGenerator[_Connection]:
+        """For the time of one call."""
+        self._calls += 1
+        try:
+            yield self
+        finally:
+            self._calls -= 1
+            if self.left and not self._calls:
+                await self.close()
+
+    async def close(self) -> None:
+        await self.channel.close()
 
 
 def generate_text(

@@ -30,12 +30,24 @@ class LinkLost(Exception):
         self.denied = denied
 
 
-class Refused(Exception):
-    """Another replica leads the engine; `leader_address` says where it is."""
+@dataclass(frozen=True, slots=True)
+class ReplicaAddress:
+    """Where other replicas reach one; empty: nowhere that is known.
 
-    def __init__(self, leader_address: str) -> None:
-        super().__init__(f"led from {leader_address or 'elsewhere'}")
-        self.leader_address = leader_address
+    Attributes:
+        inference, admin: host:port of its APIs.
+    """
+
+    inference: str = ""
+    admin: str = ""
+
+
+class Refused(Exception):
+    """Another replica leads the engine; `leader` says where it is."""
+
+    def __init__(self, leader: ReplicaAddress) -> None:
+        super().__init__(f"led from {leader.inference or 'elsewhere'}")
+        self.leader = leader
 
 
 class Draining:
@@ -72,14 +84,26 @@ class EngineLink:
     """One engine's address. Channels reconnect by themselves; calls raise LinkLost."""
 
     def __init__(self, address: str, tls: wire.Tls | None = None) -> None:
-        self.address = address
-        self._channel = wire.channel(address, tls)
+        self.address, self._tls = address, tls
+        self._open()
+
+    def _open(self) -> None:
+        self._certificate = wire.version(self._tls)
+        self._channel = wire.channel(self.address, self._tls)
         self._stub = engine_pb2_grpc.EngineServiceStub(self._channel)
 
     async def close(self) -> None:
         await self._channel.close()
 
     async def describe(self) -> EngineFacts:
+        """Asks the engine what it is; before each attempt to lead it, when no stream is open.
+
+        Raises:
+            LinkLost: it cannot be reached.
+        """
+        if wire.is_outdated(self._tls, self._certificate):
+            await self._channel.close()
+            self._open()
         try:
             answer = await self._stub.Describe(engine_pb2.DescribeRequest(), timeout=5)
         except grpc.aio.AioRpcError as error:
@@ -114,7 +138,7 @@ class EngineLink:
             raise _lost(error) from error
         return PromptTokenizer.from_parts(bytes(data), template or None, special)
 
-    async def lead(self, own_address: str, incarnation: str) -> Leadership:
+    async def lead(self, own_address: ReplicaAddress, incarnation: str) -> Leadership:
         """Claims the engine, which was described in this incarnation.
 
         Raises:
@@ -123,12 +147,17 @@ class EngineLink:
         """
         call = self._stub.Lead()
         try:
-            claim = engine_pb2.Claim(leader_address=own_address, takes_draining=True)
+            claim = engine_pb2.Claim(
+                leader_address=own_address.inference,
+                leader_admin_address=own_address.admin,
+                takes_draining=True,
+            )
             await call.write(engine_pb2.LeadRequest(claim=claim))
             answer = await _read(call)
             if answer.WhichOneof("message") == "refused":
                 call.cancel()
-                raise Refused(answer.refused.leader_address)
+                refused = answer.refused
+                raise Refused(ReplicaAddress(refused.leader_address, refused.leader_admin_address))
             granted = answer.granted
             if granted.incarnation != incarnation:
                 raise LinkLost("the engine restarted between two calls")

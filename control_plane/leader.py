@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from control_plane.engine_link import EngineFacts, EngineLink, LinkLost, Refused
+from control_plane.engine_link import EngineFacts, EngineLink, LinkLost, Refused, ReplicaAddress
 from control_plane.generation import Generation, Generations
 from control_plane.prefix_index import PrefixIndex
 from control_plane.prefixes.log import CacheLog
@@ -73,7 +73,7 @@ class EngineLeader:
     Attributes:
         loop: the step loop of the present leadership. When a draining engine has gone, another
             one stands in for it, which only keeps what comes until the engine is back.
-        leader_address: of whoever leads the engine, or did when that was last known.
+        leader_at: where whoever leads the engine is, or did when that was last known.
         last_failure: how this replica last lost the engine while it led it. It stays when the
             engine comes back, for whoever looks only then.
         reluctant: this replica is about to end; another one is to lead the engine, if there is one.
@@ -94,7 +94,7 @@ class EngineLeader:
         self.loop: StepLoop | None = None
         self.cache_log = CacheLog(engines.lookups)
         self.epoch = 0
-        self.leader_address = ""
+        self.leader_at = ReplicaAddress()
         self.last_failure: Failure | None = None
         self.reluctant = False
         self._generations, self._index = generations, index
@@ -116,11 +116,11 @@ class EngineLeader:
     @property
     def elsewhere(self) -> str:
         """The address of the other replica that leads the engine, as far as is known."""
-        return "" if self.loop is not None or self._is_own_address else self.leader_address
+        return "" if self.loop is not None or self._is_own_address else self.leader_at.inference
 
     @property
     def _is_own_address(self) -> bool:
-        return self.leader_address == self._settings.own_address
+        return self.leader_at.inference == self._settings.own_address.inference
 
     @property
     def draining(self) -> bool:
@@ -155,7 +155,7 @@ class EngineLeader:
             try:
                 await self._lead()
             except Refused as refused:
-                self.state, self.leader_address = LeaderState.FOLLOWED, refused.leader_address
+                self.state, self.leader_at = LeaderState.FOLLOWED, refused.leader
             except LinkLost as lost:
                 if self.state is LeaderState.LED:
                     self._count_loss()
@@ -236,7 +236,7 @@ class EngineLeader:
             held = loop.scheduler.pool.held_hashes
             self._index.track(facts.fingerprint, loop.life, lambda _: held())
             self.loop, self.epoch = loop, leadership.epoch
-            self.state, self.leader_address = LeaderState.LED, self._settings.own_address
+            self.state, self.leader_at = LeaderState.LED, self._settings.own_address
             loop.counters.leaderships += 1
             log.info("leads %s, epoch %d", facts.engine_id, leadership.epoch, extra=self._fields)
             # What was waiting for this engine elsewhere, or waits for it and could run elsewhere.

@@ -84,6 +84,8 @@ class Relay:
     def __init__(self, router: Router, tls: wire.Tls | None, most_waiting: int) -> None:
         self._router, self._tls, self._most_waiting = router, tls, most_waiting
         self._peers: dict[str, Peer] = {}
+        # With a certificate of before, until what was passed on to them has ended.
+        self._outdated: set[Peer] = set()
         self._adrift = _Adrift()
         # What leaders are told of clients that have gone.
         self._farewells: set[asyncio.Task[None]] = set()
@@ -108,9 +110,15 @@ class Relay:
                         # If it is alive it has ended its streams; if not, nobody else will.
                         del self._peers[peer.address]
                         await peer.close()
+                    elif peer.outdated:
+                        self._outdated.add(self._peers.pop(peer.address))
+                for peer in [each for each in self._outdated if not each.calls]:
+                    self._outdated.remove(peer)
+                    await peer.close()
                 await asyncio.sleep(WATCH_SECONDS)
         finally:
-            peers, self._peers = list(self._peers.values()), {}
+            peers = [*self._peers.values(), *self._outdated]
+            self._peers, self._outdated = {}, set()
             await asyncio.gather(*(peer.close() for peer in peers))
 
     def _peer(self, address: str) -> Peer:

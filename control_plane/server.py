@@ -14,8 +14,9 @@ from prometheus_client import start_http_server
 
 from control_plane import admin, frontend
 from control_plane.access import Access, anonymous_roles
+from control_plane.admin_peers import AdminPeers
 from control_plane.authorisation import Authorisation, tenant_of
-from control_plane.engine_link import EngineLink
+from control_plane.engine_link import EngineLink, ReplicaAddress
 from control_plane.generation import Generations
 from control_plane.leader import EngineLeader
 from control_plane.metrics.activity import Activity
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 _LAST_MESSAGES_SECONDS = 1.0
 # Hosts to listen on that are none to call.
 _EVERY_ADDRESS = ("0.0.0.0", "[::]", "")  # noqa: S104
+_LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
 
 
 class Replica:
@@ -64,6 +66,7 @@ class Replica:
         self.router.lookups.listeners.append(self.store.note)
         self.keeper = PrefixKeeper(self.registered, self.router.leaders, self.generations)
         self.relay = Relay(self.router, settings.peer_tls, settings.max_waiting_requests)
+        self.admin_peers = AdminPeers(self.router, settings.peer_tls)
         self.frontend = frontend.Frontend(
             self.router,
             self.generations,
@@ -79,7 +82,8 @@ class Replica:
         self._leading: list[asyncio.Task[None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics_server: WSGIServer | None = None
-        self._servers = [wire.server(guard), wire.server(guard)]
+        age = settings.connection_age_seconds
+        self._servers = [wire.server(guard, connection_age_seconds=age) for _ in range(2)]
         self._probed: grpc.aio.Server | None = None
         self.ports: list[int] = []
         self.health_port = 0
@@ -91,7 +95,7 @@ class Replica:
             self.generations,
             self.index,
             LeaderSettings(
-                own_address=settings.advertise or settings.listen,
+                own_address=_own_address(settings),
                 chunk_tokens=settings.chunk_tokens,
                 waiting_requests=settings.max_waiting_requests,
                 waiting_tokens=settings.max_waiting_tokens,
@@ -108,7 +112,9 @@ class Replica:
         """Starts serving; engines are attached as they answer."""
         inference, operators = self._servers
         frontend.add_to_server(self.frontend, inference)
-        operated = admin.Operated(self.router, self.index, self.registered, self.store, self.keeper)
+        operated = admin.Operated(
+            self.router, self.index, self.registered, self.store, self.keeper, self.admin_peers
+        )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.Admin(operated), operators)
         healths = [wire.add_health(inference), wire.add_health(operators)]
         if self.settings.reflection:
@@ -150,12 +156,18 @@ class Replica:
             log.warning("tokens come in plain text, since there is no tls-certificate")
         if self.access.knows_certificates and (tls is None or tls.ca is None):
             log.warning("nobody is known by a certificate, since none is asked for")
-        told = self.settings.advertise or self.settings.listen
-        if told.rpartition(":")[0] in _EVERY_ADDRESS:
+        told = _own_address(self.settings)
+        if told.inference.rpartition(":")[0] in _EVERY_ADDRESS:
             log.warning(
                 "other replicas cannot reach this one at %s, which is every address of its own: "
                 "advertise is to be one that they know it by",
-                told,
+                told.inference,
+            )
+        elif not told.admin:
+            log.warning(
+                "other replicas cannot show what this one's engines hold, since its admin API "
+                "listens at %s only",
+                self.settings.admin_listen,
             )
 
     async def _report_health(self, healths: list[health.aio.HealthServicer]) -> None:
@@ -192,6 +204,7 @@ class Replica:
         await self._servers[0].stop(_LAST_MESSAGES_SECONDS if self.settings.drain_seconds else 0)
         await _end(self._tasks)
         await self._servers[1].stop(0)
+        await self.admin_peers.close()
         if self._probed is not None:
             await self._probed.stop(0)
         for leader in self.router.leaders:
@@ -232,6 +245,20 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _own_address(settings: Settings) -> ReplicaAddress:
+    """Where other replicas reach this one: its admin API where the inference API is, if it can be.
+
+    Its admin address is empty if only this machine's processes reach it, and they are elsewhere.
+    """
+    inference = settings.advertise or settings.listen
+    own_host = inference.rpartition(":")[0]
+    host, _, port = settings.admin_listen.rpartition(":")
+    if host in _EVERY_ADDRESS:
+        host = own_host
+    reached = host == own_host or host not in _LOOPBACK
+    return ReplicaAddress(inference, f"{host}:{port}" if reached else "")
 
 
 def _addresses(engines: str) -> list[str]:

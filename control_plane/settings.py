@@ -89,6 +89,11 @@ class Settings(BaseSettings):
         30.0, ge=0, description="seconds for clients to come back to what a new leader took over"
     )
     drain_seconds: float = Field(30.0, ge=0, description="seconds for calls to end at SIGTERM")
+    connection_age_seconds: float = Field(
+        60.0,
+        ge=0,
+        description="seconds after which clients connect anew, maybe to another replica; 0: never",
+    )
     tls_certificate: Path | None = Field(None, description="PEM file; together with tls-key")
     tls_key: Path | None = Field(None, description="PEM file")
     tls_ca: Path | None = Field(None, description="PEM file; peers must be signed by it")

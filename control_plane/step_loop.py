@@ -17,7 +17,13 @@ from typing import Literal
 
 from control_plane import records
 from control_plane.beams import BeamSearch
-from control_plane.engine_link import Draining, EngineFacts, Leadership, LinkLost
+from control_plane.engine_link import (
+    Draining,
+    EngineFacts,
+    Leadership,
+    LinkLost,
+    ReplicaAddress,
+)
 from control_plane.generation import Generation, Generations
 from control_plane.metrics.pace import Pace
 from control_plane.overload import DrainRate
@@ -39,7 +45,7 @@ MAX_ENGINE_DEATHS = 2
 class LeaderSettings:
     """See ``control_plane.settings`` for what they mean."""
 
-    own_address: str
+    own_address: ReplicaAddress
     chunk_tokens: int = 512
     waiting_requests: int = 1024
     waiting_tokens: int = 1 << 20

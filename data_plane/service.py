@@ -65,6 +65,7 @@ class _Leadership:
     """
 
     address: str
+    admin_address: str
     epoch: int
     takes_draining: bool = False
     drained: bool = False
@@ -227,7 +228,9 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 raise _refusal(PlanError("INVALID", "the first message must be a claim"))
             if self._leader is not None:
                 refused = engine_pb2.Refused(
-                    leader_address=self._leader.address, epoch=self._leader.epoch
+                    leader_address=self._leader.address,
+                    leader_admin_address=self._leader.admin_address,
+                    epoch=self._leader.epoch,
                 )
                 await context.write(engine_pb2.LeadResponse(refused=refused))
                 return
@@ -246,7 +249,9 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         context: wire.Context,
     ) -> None:
         self._epoch += 1
-        leader = _Leadership(claim.leader_address, self._epoch, claim.takes_draining)
+        leader = _Leadership(
+            claim.leader_address, claim.leader_admin_address, self._epoch, claim.takes_draining
+        )
         self._leader = leader
         if self._eviction is not None:
             self._eviction.cancel()

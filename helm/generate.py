@@ -37,6 +37,7 @@ OF_THE_CHART = {
         "admin_listen",
         "advertise",
         "anonymous_roles",
+        "connection_age_seconds",
         "engines",
         "index_namespace",
         "peer_name",

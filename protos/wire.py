@@ -14,6 +14,8 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
+from protos.renewal import ServerCertificate, Version, is_renewed, version_of
+
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 # A prompt of 131,072 token ids takes about half a megabyte, a snapshot part two.
@@ -72,6 +74,11 @@ class Tls:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("tls-certificate and tls-key must be set together")
 
+    @property
+    def version(self) -> Version:
+        """Of the files. A channel has what they were when it was opened, a server what they are."""
+        return version_of((self.certificate, self.key, self.ca))
+
 
 def client_tls(certificate: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
     """Returns what three settings mean to a client, None (plain text) if none is set.
@@ -98,16 +105,22 @@ def tls(certificate: Path | None, key: Path | None, ca: Path | None) -> Tls | No
 
 
 def server(
-    guard: grpc.aio.ServerInterceptor | None = None, max_concurrent_rpcs: int | None = None
+    guard: grpc.aio.ServerInterceptor | None = None,
+    max_concurrent_rpcs: int | None = None,
+    *,
+    connection_age_seconds: float = 0.0,
 ) -> grpc.aio.Server:
     """Makes a server with the common options.
 
     Args:
         guard: what every call passes first; see ``protos.identity.Guard``.
+        connection_age_seconds: after which a connection takes no new calls, so that its client
+            makes another one; running calls go on. gRPC varies it by a tenth. 0: never.
     """
+    age = [("grpc.max_connection_age_ms", round(1000 * connection_age_seconds))]
     return grpc.aio.server(
         interceptors=() if guard is None else (guard,),
-        options=SERVER_OPTIONS,
+        options=SERVER_OPTIONS + age * (connection_age_seconds > 0),
         maximum_concurrent_rpcs=max_concurrent_rpcs,
     )
 
@@ -123,10 +136,18 @@ def listen(where: grpc.aio.Server, address: str, tls: Tls | None) -> int:
         return where.add_insecure_port(address)
     if tls.certificate is None or tls.key is None:
         raise ValueError("a server with TLS needs a certificate")
-    pair = [(tls.key.read_bytes(), tls.certificate.read_bytes())]
-    ca = tls.ca.read_bytes() if tls.ca else None
-    credentials = grpc.ssl_server_credentials(pair, ca, require_client_auth=ca is not None)
-    return where.add_secure_port(address, credentials)
+    certificate = ServerCertificate(tls.certificate, tls.key, tls.ca)
+    return where.add_secure_port(address, certificate.credentials)
+
+
+def version(tls: Tls | None) -> Version:
+    """Of the files of one who may have none."""
+    return () if tls is None else tls.version
+
+
+def is_outdated(tls: Tls | None, since: Version) -> bool:
+    """Whether a channel that was opened with files of that version had better be opened anew."""
+    return is_renewed(version(tls), since)
 
 
 def channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:

@@ -35,6 +35,8 @@ from tests.certificates import Authority
 from tests.chart import NAMESPACE, ROOT, Manifest, Rendered, claim_templates
 from tests.redis_server import redis_executable
 
+# Until no new connection leads to a pod that ends: a cluster takes its time.
+WITHDRAWAL_SECONDS = 0.5
 DOMAIN = f"{NAMESPACE}.svc.cluster.local"
 _IMAGE_PATH = [str(Path(sys.executable).parent), str(Path(redis_executable()).parent)]
 
@@ -71,6 +73,10 @@ class Pod:
 
     def log(self) -> str:
         return (self.folder / "log").read_text()
+
+    def withdraw(self) -> None:
+        """No endpoint leads to it any more."""
+        self.ready = False
 
     def matches(self, selector: dict[str, str]) -> bool:
         return selector.items() <= self.manifest["metadata"]["labels"].items()
@@ -279,7 +285,8 @@ class Cluster:
                 which = "readinessProbe"
                 continue
             self._stopping.wait(pod.container[which]["periodSeconds"])
-        pod.ready = False
+        if not pod.terminating:
+            pod.ready = False
 
     def _ended(self, pod: Pod) -> bool:
         assert pod.process is not None
@@ -301,18 +308,23 @@ class Cluster:
         return pod.process.wait(seconds)
 
     def delete(self, pod: Pod) -> int:
-        """Takes it out of its services, runs its hook, tells it to end; returns its status.
+        """Runs its hook, tells it to end, and takes it out of its services; returns its status.
 
         Raises:
             TimeoutExpired: it outlives its grace period.
         """
         assert pod.process is not None
-        pod.terminating, pod.ready = True, False
+        pod.terminating = True
+        withdrawn = threading.Timer(WITHDRAWAL_SECONDS, pod.withdraw)
+        withdrawn.start()
         deadline = time.monotonic() + pod.manifest["spec"]["terminationGracePeriodSeconds"]
         hook = pod.container.get("lifecycle", {}).get("preStop", {})
         time.sleep(hook.get("sleep", {}).get("seconds", 0))
         pod.process.send_signal(signal.SIGTERM)
-        return pod.process.wait(deadline - time.monotonic())
+        try:
+            return pod.process.wait(deadline - time.monotonic())
+        finally:
+            withdrawn.join()
 
     def replace(self, pod: Pod) -> Pod:
         """Deletes a StatefulSet's pod, and starts its successor under the same name."""

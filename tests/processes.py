@@ -23,7 +23,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_serving(port: int, check: Callable[[], None], seconds: float = 60) -> None:
+def wait_until_serving(port: int, check: Callable[[], None], seconds: float = 150) -> None:
     """Asks the health service of a process; `check` raises if that can never serve."""
     deadline = time.monotonic() + seconds
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -52,7 +52,7 @@ class Process:
                 command, stdout=sink, stderr=sink, cwd=ROOT, env=environment | variables
             )
 
-    def ready(self, seconds: float = 60) -> None:
+    def ready(self, seconds: float = 150) -> None:
         """Waits until the health service says SERVING."""
         wait_until_serving(self.port, self._check, seconds)
 

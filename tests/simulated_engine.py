@@ -13,7 +13,7 @@ import random
 from collections import deque
 from typing import Any, Protocol
 
-from control_plane.engine_link import EngineFacts, LinkLost, Refused
+from control_plane.engine_link import EngineFacts, LinkLost, Refused, ReplicaAddress
 from control_plane.engine_wire import encode_plan
 from control_plane.plan import Plan, Snapshot, StepResult
 from control_plane.scheduler import SchedulerLimits
@@ -103,10 +103,10 @@ class SimulatedEngine:
     async def tokenizer(self) -> TokenTexts:
         return TokenTexts()
 
-    async def lead(self, own_address: str, incarnation: str) -> SimulatedLeadership:
+    async def lead(self, own_address: ReplicaAddress, incarnation: str) -> SimulatedLeadership:
         self._reach()
         if self._leader is not None:
-            raise Refused("elsewhere")
+            raise Refused(ReplicaAddress("elsewhere"))
         if incarnation != str(self._incarnation):
             raise LinkLost("the engine restarted between two calls")
         self._epoch += 1

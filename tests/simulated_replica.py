@@ -6,6 +6,7 @@ import asyncio
 
 from control_plane import records
 from control_plane.beams import BeamSearch
+from control_plane.engine_link import ReplicaAddress
 from control_plane.generation import Generation, Generations, Sample
 from control_plane.leader import EngineLeader
 from control_plane.prefix_index import EngineLife
@@ -44,7 +45,7 @@ class Replica:
     def __init__(self, scenario: Scenario, engine: SimulatedEngine) -> None:
         limits = scenario.limits
         settings = LeaderSettings(
-            own_address="replica",
+            own_address=ReplicaAddress("replica"),
             chunk_tokens=limits.chunk_tokens,
             waiting_requests=limits.waiting_requests,
             preemption=limits.preemption,

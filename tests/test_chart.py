@@ -642,7 +642,10 @@ def test_grace_periods_are_longer_than_drains() -> None:
             told = stop(**settings)
             drains = told.model_dump(include={"drain_seconds", "stop_grace_seconds"}).values()
             before = hook.get("sleep", {}).get("seconds", 0)
-            assert before == {"defaults": 5, "laptop": 2}[name] * (component == "control-plane")
+            assert before == {"defaults": 10, "laptop": 4}[name] * (component == "control-plane")
+            if isinstance(told, ControlSettings):
+                # Whoever is connected when endpoints are updated has connected anew by then.
+                assert 1 <= told.connection_age_seconds <= before / 2
             assert pod["terminationGracePeriodSeconds"] >= before + sum(drains) + 8
 
 
@@ -1104,7 +1107,9 @@ def test_who_may_reach_whom_is_as_documented() -> None:
 
 def test_by_default_nobody_operates_and_an_engine_calls_nobody() -> None:
     reached = reachable(case("defaults"))
-    assert not [each for each in reached if each[2][0] in (7402, 9090, 9091)]
+    assert not [each for each in reached if each[2][0] in (9090, 9091)]
+    # Replicas ask each other.
+    assert {source for source, _, (port, _) in reached if port == 7402} == {"control plane"}
     assert not [each for each in reached if each[0] in ("data plane", "Redis")]
     assert {source for source, _, (port, _) in reached if port == 7411} == {"control plane"}
     assert {source for source, _, (port, _) in reached if port == 6379} == {"control plane"}

@@ -12,14 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from urllib.request import urlopen
 
+import grpc
 import pytest
 import redis
 
 from control_plane.client import Client
+from protos import wire
+from protos.inference.v1 import inference_pb2 as pb
+from protos.inference.v1 import inference_pb2_grpc
 from tests.chart import ROOT, Rendered, render, values_file
 from tests.pods import Cluster, running
 
-TOKENS = 24
+TOKENS, TOKENS_HELD = 24, 1500
 CLIENTS = 4
 
 
@@ -56,16 +60,32 @@ class Load:
     """Clients that ask one thing after another until they are told to stop.
 
     Attributes:
-        done: requests that were answered whole.
+        done, plainly_done: requests that were answered whole, these without the client library.
         failures: what else happened to requests.
+        held: there is a long answer under way.
     """
 
     def __init__(self, cluster: Cluster) -> None:
         self._address = f"{cluster.address('quire-control-plane')}:7401"
         self._tls = cluster.credentials("quire-client-tls")
         self._stop = threading.Event()
-        self.done = 0
+        self.done = self.plainly_done = 0
         self.failures: list[str] = []
+        self.held = threading.Event()
+
+    def hold(self) -> int:
+        """Asks for one long answer; returns how many tokens it had."""
+
+        async def ask() -> int:
+            count = 0
+            async with Client(self._address, tls=self._tls) as client:
+                options = {"max_tokens": TOKENS_HELD, "ignore_eos": True}
+                async for event in client.generate("Once", **options):
+                    count += len(event.delta.token_ids)
+                    self.held.set()
+            return count
+
+        return asyncio.run(ask())
 
     async def _ask(self, client: Client, number: int) -> None:
         asked = 0
@@ -82,12 +102,26 @@ class Load:
             except Exception as error:
                 self.failures.append(repr(error))
 
+    async def _ask_plainly(self) -> None:
+        """As a client that knows nothing of retries, on one channel."""
+        async with wire.channel(self._address, self._tls) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            while not self._stop.is_set():
+                message = pb.GenerateRequest(text="A block table is")
+                message.stopping.max_tokens = 2
+                try:
+                    async for _ in stub.Generate(message):
+                        pass
+                    self.plainly_done += 1
+                except grpc.aio.AioRpcError as error:
+                    self.failures.append(repr(error))
+
     async def _run(self) -> None:
         async def client(number: int) -> None:
             async with Client(self._address, tls=self._tls) as caller:
                 await self._ask(caller, number)
 
-        await asyncio.gather(*map(client, range(CLIENTS)))
+        await asyncio.gather(*map(client, range(CLIENTS)), self._ask_plainly())
 
     @contextmanager
     def running(self) -> Iterator[Load]:
@@ -129,13 +163,18 @@ def test_every_probe_succeeds(cluster: Cluster) -> None:
 
 def test_an_update_of_the_control_plane_fails_no_request(cluster: Cluster) -> None:
     (old,) = (pod for pod in cluster.pods if pod.name == "quire-control-plane-0")
-    with Load(cluster).running() as load:
+    with Load(cluster).running() as load, ThreadPoolExecutor(1) as pool:
         cluster.wait(old, lambda: load.done >= CLIENTS)
         new = cluster.create("Deployment", "quire-control-plane")
+        # What began there keeps the old one draining, for as long as it may.
+        held = pool.submit(load.hold)
+        cluster.wait(old, lambda: load.held.is_set())
         cluster.wait_ready(new)
         assert cluster.delete(old) == 0, old.log()
-        before = load.done
+        assert held.result(60) == TOKENS_HELD
+        before, plainly = load.done, load.plainly_done
         cluster.wait(new, lambda: load.done >= before + 2 * CLIENTS)
+        cluster.wait(new, lambda: load.plainly_done > plainly)
         assert new.ready
     assert not load.failures
 

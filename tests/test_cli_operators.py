@@ -227,6 +227,11 @@ def test_explaining_prompts(planes: Planes) -> None:
     assert "never seen before" in asked and "." * (full // 16) in asked
     again = planes.quire("prefixes", "explain", "--request-id", "again")
     assert re.search(rf"foretold by the index: \d+ tokens, found: {full}\n", again)
+    assert planes.quire("prefixes", "explain", "--request-id", "again", "--tenant", "") == again
+    unknown = planes.quire(
+        "prefixes", "explain", "--request-id", "again", "--tenant", "red", status=1
+    )
+    assert "this request is not known" in unknown
     as_json = planes.json("prefixes", "explain", "--request-id", "again")
     assert as_json["request_id"] == "again" and as_json["spans"][0]["engine_ids"] == ["e0"]
     # Whoever may ask for another model, or as a tenant.
@@ -249,7 +254,7 @@ def test_explaining_needs_to_know_what(planes: Planes) -> None:
         (("x", "--request-id", "y"), "leave out PROMPT"),
         (("x", "--raw", "--system", "y"), "only one of"),
         (("x", "--system-file", "/nowhere"), "cannot read /nowhere"),
-        (("--request-id", "y"), "is not known to this replica, or too long ago"),
+        (("--request-id", "y"), "is not known, or too long ago"),
         (("x",), "model"),
         (("x", "--model", "none"), "none"),
     ):
@@ -570,6 +575,13 @@ def test_engines_in_every_state() -> None:
         ),
         the_row(
             pb.Engine(
+                engine_id="e3", model="m", address="a:3", state="ENGINE_STATE_FOLLOWED",
+                leader_address="b:2", epoch=7, block_count=64, block_size_tokens=16,
+                used_block_count=64,
+            )
+        ),
+        the_row(
+            pb.Engine(
                 engine_id="e2", model="m", state="ENGINE_STATE_LED", epoch=3, draining=True,
                 last_failure="rank 2 was ended by signal 9", last_failure_age_seconds=7300,
                 block_count=64, block_size_tokens=16, free_block_count=64,
@@ -578,16 +590,20 @@ def test_engines_in_every_state() -> None:
     ]  # fmt: skip
     shown = drawn(engines_view(rows))
     assert "?  ? at 127.0.0.1:1, connecting" in shown
-    assert "e1  m at a:1, led by b:2" in shown
+    # Its leader did not answer.
+    assert "e1  m at a:1, led by b:2\n" in shown
+    assert "e3  m at a:3, led by b:2, epoch 7\n" in shown
     assert "  draining: it gets no new requests" in shown
     assert "  lost 2 h ago: rank 2 was ended by signal 9" in shown
     for nothing in ("no swap space", "none yet"):
-        assert shown.count(nothing) == 1
+        assert shown.count(nothing) == 2
 
 
 def test_registered_prefixes_in_every_state() -> None:
-    def on(name: str, held: int, **fields: object) -> pb.RegisteredPrefixEngine:
-        return pb.RegisteredPrefixEngine(engine_id=name, held_token_count=held, **fields)  # type: ignore[arg-type]
+    def on(name: str, held: int, known: bool = True, **fields: Any) -> pb.RegisteredPrefixEngine:
+        return pb.RegisteredPrefixEngine(
+            engine_id=name, held_token_count=held, known=known, **fields
+        )
 
     prefix = pb.RegisteredPrefix(
         name="desk",
@@ -603,11 +619,11 @@ def test_registered_prefixes_in_every_state() -> None:
             on("e3", 0, shared_token_count=32, problem="cannot be pinned: 100 of 64 blocks"),
             on("e4", 0, shared_token_count=32),
             on("e5", 0),
-            on("far", 0, shared_token_count=32),
+            on("far", 0, known=False, shared_token_count=32),
         ],
     )
     rows = [the_row(prefix), the_row(pb.RegisteredPrefix(name="alone"))]
-    shown = drawn(registered_table(rows, {f"e{at}" for at in range(6)}))
+    shown = drawn(registered_table(rows))
     for line in (
         r"system, pinned, from a file +e1",
         r"desk +1,234 +56,789 +e0 +32 of 32 +warm",
@@ -616,7 +632,7 @@ def test_registered_prefixes_in_every_state() -> None:
         r"e3 +0 of 32 +cannot be pinned: 100 of",
         r"e4 +0 of 32 +not there",
         r"e5 +0 of 0 +is not tokenised yet",
-        r"far +\? of 32 +another replica leads it",
+        r"far +\? of 32 +not known",
         r"alone +0 +0",
     ):
         assert re.search(line, shown), line

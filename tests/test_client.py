@@ -20,6 +20,8 @@ from control_plane.client import CallError, Client, generate_text, make_request
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
 from protos.inference.v1 import inference_pb2_grpc
+from tests.pods import Proxy
+from tests.processes import free_port
 
 GOLDEN = json.loads((demo_model() / "golden.json").read_text())
 SYSTEM = (demo_model() / "system_prompt.txt").read_text().strip()
@@ -315,6 +317,62 @@ def test_the_timeout_bounds_all_attempts() -> None:
     service = Scripted(*[[GONE] for _ in range(100)])
     with pytest.raises(CallError, match="DEADLINE_EXCEEDED"):
         against(service, lambda client: client.text("x", timeout=0.3))
+
+
+class Leaving(inference_pb2_grpc.InferenceServiceServicer):
+    """A replica that begins to drain while it answers its first call."""
+
+    def __init__(self) -> None:
+        self.refused = 0
+        self.begun, self.over = asyncio.Event(), asyncio.Event()
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: wire.Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        if request.text != "first":
+            self.refused += 1
+            error = wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", "it drains")
+            await wire.abort(context, error)
+        yield ACCEPTED
+        self.begun.set()
+        await self.over.wait()
+        for event in (delta(0, 65), finished(0), USAGE):
+            yield event
+
+
+def test_a_replica_that_drains_is_left_for_another_one() -> None:
+    """Behind a load balancer whose connections stay where they were made."""
+    old, new = Leaving(), Scripted(*[[ACCEPTED, delta(0, 66), finished(0), USAGE]] * 2)
+
+    async def calls(address: str, ready: list[str], hosts: tuple[str, str]) -> None:
+        async with Client(address, retry_seconds=2.0) as client:
+            first = asyncio.create_task(client.text("first"))
+            await old.begun.wait()
+            ready[:] = hosts[1:]
+            both = [client.text("second"), client.text("third")]
+            assert await asyncio.gather(*both) == ["B", "B"]
+            # What ran where it drains runs there to its end.
+            old.over.set()
+            assert await first == "A"
+            assert 1 <= old.refused <= 2 and len(new.requests) == 2
+
+    async def main() -> None:
+        hosts, port = ("127.7.7.1", "127.7.7.2"), free_port()
+        servers = [wire.server(), wire.server()]
+        for server, service, host in zip(servers, (old, new), hosts, strict=True):
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
+            wire.listen(server, f"{host}:{port}", None)
+            await server.start()
+        ready = [hosts[0]]
+        balancer = Proxy("127.7.7.3", port, lambda: iter(ready))
+        try:
+            await calls(f"127.7.7.3:{port}", ready, hosts)
+        finally:
+            for server in servers:
+                await server.stop(0)
+            balancer.close()
+
+    asyncio.run(main())
 
 
 def test_text_raises_what_the_engine_reported() -> None:

@@ -34,6 +34,8 @@ SCRIPTS = {
 WIRE_MODULES = {
     "control_plane/admin.py",
     "control_plane/admin_client.py",
+    "control_plane/admin_merge.py",
+    "control_plane/admin_peers.py",
     "control_plane/authorisation.py",
     "control_plane/cli/child.py",
     "control_plane/cli/credentials.py",

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from control_plane.admin_client import DEFAULT_ADDRESS, AdminClient
 from control_plane.cli.credentials import Credentials, with_credentials
-from control_plane.cli.running import CommandError, run
+from control_plane.cli.running import CommandError, print_warning, run
 
 Result = TypeVar("Result")
 
@@ -41,7 +41,11 @@ class Asking:
 
         async def asked() -> Result:
             async with self.admin() as admin:
-                return await call(admin)
+                found = await call(admin)
+                for address in sorted(admin.unanswered):
+                    missing = "what its engines hold is missing"
+                    print_warning(f"the replica at {address} does not answer: {missing}")
+                return found
 
         return run(asked())
 
@@ -93,9 +97,9 @@ async def the_engine(admin: AdminClient, engine_id: str) -> str:
     """
     if engine_id:
         return engine_id
-    led = [row["engine_id"] for row in await admin.engines() if row["state"] == "led"]
+    led = [row["engine_id"] for row in await admin.engines() if row["state"] in ("led", "followed")]
     if len(led) == 1:
         return str(led[0])
     if not led:
-        raise CommandError(f"the replica at {admin.address} leads no engine")
+        raise CommandError(f"the replica at {admin.address} knows no engine that is led")
     raise CommandError(f"there are {len(led)} engines, so name one: {', '.join(led)}")

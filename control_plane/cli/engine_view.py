@@ -41,7 +41,7 @@ def engines_view(engines: list[Row]) -> Group:
     parts: list[RenderableType] = [Text(f"{count} engine{'s' * (count != 1)}", "bold")]
     for row in engines:
         parts += ["", _headline(row), *_remarks(row)]
-        if row["state"] == "led":
+        if _is_known(row):
             parts.append(Padding(_figures(row), (0, 0, 0, 2)))
     return Group(*parts)
 
@@ -71,13 +71,20 @@ def requests_of(row: Row) -> str:
     )
 
 
+def _is_known(row: Row) -> bool:
+    """Whether the engine's leader has said what is in its pool."""
+    counts = ("free_block_count", "cached_block_count", "used_block_count")
+    return any(row[count] for count in counts)
+
+
 def _headline(row: Row) -> Text:
     line = plain(row["engine_id"] or "?", "bold")
     line.append_text(plain(f"  {row['model'] or '?'} at {row['address']}, ", "not bold"))
     if row["state"] == "led":
         line.append(f"led by this replica, epoch {row['epoch']}", "not bold green")
     elif row["state"] == "followed":
-        line.append_text(plain(f"led by {row['leader_address'] or '?'}", "not bold cyan"))
+        epoch = f", epoch {row['epoch']}" if _is_known(row) else ""
+        line.append_text(plain(f"led by {row['leader_address'] or '?'}{epoch}", "not bold cyan"))
     else:
         line.append("connecting", "not bold yellow")
     return line

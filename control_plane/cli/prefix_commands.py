@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -115,7 +114,7 @@ def unpin(name: Name, *, asking: Asking) -> None:
 def warm(
     name: Name,
     wait: Annotated[
-        bool, typer.Option("--wait", help="until every engine of this replica holds it")
+        bool, typer.Option("--wait", help="until every engine that is led holds it")
     ] = False,
     timeout: Annotated[
         float, typer.Option(min=0, help="seconds to wait, at most; with --wait")
@@ -129,13 +128,13 @@ def warm(
         _show_changed(asking, row, f"engines that do not hold {name} compute it")
         return
     with _Progress(shown=not asking.as_json) as progress:
-        left, row, led = asking.ask(lambda admin: _until_warm(admin, row, timeout, progress))
+        left, row = asking.ask(lambda admin: _until_warm(admin, name, timeout, progress))
     if asking.as_json:
         asking.show(row, lambda: said(""))
     elif not left:
         asking.show(
             row,
-            lambda: said(f"every engine holds {name}", registered_table([row], led, title=False)),
+            lambda: said(f"every engine holds {name}", registered_table([row], title=False)),
         )
     if left:
         print_error(f"{name} is not warm on {cells.joined(left)}")
@@ -158,7 +157,10 @@ def explain(
         bool, typer.Option("--raw", help="plain text, even where the model knows chats")
     ] = False,
     model: Annotated[str, typer.Option(help="served model name; none: the only one")] = "",
-    tenant: Annotated[str, typer.Option(help="whose prefix cache it uses; none: nobody's")] = "",
+    tenant: Annotated[
+        str | None,
+        typer.Option(help="whose prefix cache it uses, or whose request it was; none: nobody's"),
+    ] = None,
     *,
     asking: Asking,
 ) -> None:
@@ -171,12 +173,11 @@ def explain(
         "--system-file": system_file,
         "--raw": raw,
         "--model": model,
-        "--tenant": tenant,
     }
     if request_id:
         if surplus := [option for option, value in given.items() if value]:
             _fail(f"--request-id says all; leave out {cells.joined(surplus)}")
-        row = asking.ask(lambda admin: admin.explain_request(request_id))
+        row = asking.ask(lambda admin: admin.explain_request(request_id, tenant))
     else:
         if prompt is None:
             _fail("say what to explain: a prompt, or --request-id")
@@ -184,7 +185,7 @@ def explain(
             _fail("only one of --system, --system-file and --raw can be used")
         text = sys.stdin.read() if prompt == "-" else str(prompt)
         before = system if system_file is None else _text_of(system_file)
-        row = asking.ask(lambda admin: _explain(admin, text, before, raw, model, tenant))
+        row = asking.ask(lambda admin: _explain(admin, text, before, raw, model, tenant or ""))
     asking.show(row, lambda: explanation_view(row))
 
 
@@ -204,11 +205,8 @@ async def _explain(
 
 
 def _show_registered(asking: Asking, sentence: str, row: Row | None = None) -> None:
-    async def call(admin: AdminClient) -> tuple[list[Row], set[str]]:
-        return await admin.registered() if row is None else [row], await _led(admin)
-
-    rows, led = asking.ask(call)
-    table = registered_table(rows, led, title=row is None)
+    rows = asking.ask(lambda admin: admin.registered()) if row is None else [row]
+    table = registered_table(rows, title=row is None)
     asking.show(row or rows, lambda: said(sentence, table) if sentence else table)
 
 
@@ -237,11 +235,11 @@ class _Progress:
         if self._console.is_terminal:
             self._live.stop()
 
-    def show(self, row: Row, led: Container[str]) -> None:
+    def show(self, row: Row) -> None:
         lines = {}
         for engine in row["engines"]:
             held, shared = engine["held_token_count"], engine["shared_token_count"]
-            words = standing(engine, led)[0]
+            words = standing(engine)[0]
             lines[engine["engine_id"]] = f"{held:,} of {shared:,} tokens, {words}"
         if self._console.is_terminal:
             self._live.update(self._table(lines), refresh=True)
@@ -259,44 +257,39 @@ class _Progress:
 
 
 async def _until_warm(
-    admin: AdminClient, row: Row, timeout: float, progress: _Progress
-) -> tuple[list[str], Row, set[str]]:
-    """Returns what became of it: the engines that do not hold it, itself, and those led here.
+    admin: AdminClient, name: str, timeout: float, progress: _Progress
+) -> tuple[list[str], Row]:
+    """Returns what became of it: the engines that do not hold it, and itself.
 
     Raises:
         CallError: nothing answers, or somebody unregistered it.
         CommandError: there is no engine to wait for.
     """
-    name, deadline, polls = row["name"], time.monotonic() + timeout, 0
+    deadline, polls = time.monotonic() + timeout, 0
     while True:
-        led = await _led(admin)
-        if not led:
-            raise CommandError(f"the replica at {admin.address} leads no engine")
-        progress.show(row, led)
-        # What another replica's engines hold is not known here.
-        here = [engine for engine in row["engines"] if engine["engine_id"] in led]
-        left = [engine for engine in here if not _is_warm(engine)]
-        stuck = [engine for engine in left if engine["problem"] and not engine["warming"]]
-        polls = polls + 1 if stuck and len(stuck) == len(left) else 0
-        if not left or polls >= _PROBLEM_POLLS or time.monotonic() >= deadline:
-            return [_why(engine, led) for engine in left], row, led
-        await asyncio.sleep(_POLL_SECONDS)
         found = [each for each in await admin.registered() if each["name"] == name]
         if not found:
             raise CommandError(f"{name} is not registered any more")
-        row = found[0]
+        (row,) = found
+        progress.show(row)
+        # Nobody computes anything on an engine that nobody leads.
+        known = [engine for engine in row["engines"] if engine["known"]]
+        if not known:
+            raise CommandError(f"the replica at {admin.address} knows no engine that is led")
+        left = [engine for engine in known if not _is_warm(engine)]
+        stuck = [engine for engine in left if engine["problem"] and not engine["warming"]]
+        polls = polls + 1 if stuck and len(stuck) == len(left) else 0
+        if not left or polls >= _PROBLEM_POLLS or time.monotonic() >= deadline:
+            return [_why(engine) for engine in left], row
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 def _is_warm(engine: Row) -> bool:
     return bool(0 < engine["shared_token_count"] <= engine["held_token_count"])
 
 
-def _why(engine: Row, led: Container[str]) -> str:
-    return f"{engine['engine_id']} ({standing(engine, led)[0]})"
-
-
-async def _led(admin: AdminClient) -> set[str]:
-    return {row["engine_id"] for row in await admin.engines() if row["state"] == "led"}
+def _why(engine: Row) -> str:
+    return f"{engine['engine_id']} ({standing(engine)[0]})"
 
 
 def _text_of(file: Path) -> str:

@@ -54,5 +54,14 @@ def run(main: Coroutine[Any, Any, Result], exit_when_stopped: int = EXIT_STOPPED
 
 
 def print_error(sentence: str) -> None:
-    text = Text(f"error: {printable(sentence)}", "red")
+    _print_to_stderr("error", sentence, "red")
+
+
+def print_warning(sentence: str) -> None:
+    """Says what an answer lacks, where it does not get into the answer."""
+    _print_to_stderr("warning", sentence, "yellow")
+
+
+def _print_to_stderr(word: str, sentence: str, style: str) -> None:
+    text = Text(f"{word}: {printable(sentence)}", style)
     Console(stderr=True).print(text, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from itertools import zip_longest
 
 from rich import box
@@ -49,12 +48,8 @@ def prefixes_table(prefixes: list[Row]) -> Table:
     return table
 
 
-def registered_table(prefixes: list[Row], led: Container[str], title: bool = True) -> Table:
-    """One row per registered prefix and engine.
-
-    Args:
-        led: ids of the engines whose blocks this replica knows.
-    """
+def registered_table(prefixes: list[Row], title: bool = True) -> Table:
+    """One row per registered prefix and engine."""
     count = len(prefixes)
     table = _table(f"{count} registered prefix{'es' * (count != 1)}" if title else "")
     table.add_column("prefix")
@@ -68,13 +63,13 @@ def registered_table(prefixes: list[Row], led: Container[str], title: bool = Tru
             [plain(row["name"], "bold"), f"{row['hit_count']:,}", f"{row['saved_token_count']:,}"],
             [Text(", ".join(_traits(row)), "dim"), "", ""],
         ]
-        engines = [_on(engine, led) for engine in row["engines"]]
+        engines = [_on(engine) for engine in row["engines"]]
         for left, right in zip_longest(own, engines):
             table.add_row(*(left or [""] * 3), *(right or [""] * 3))
     return table
 
 
-def standing(engine: Row, led: Container[str]) -> tuple[str, str]:
+def standing(engine: Row) -> tuple[str, str]:
     """How a registered prefix stands on an engine, and in which style."""
     held, shared = engine["held_token_count"], engine["shared_token_count"]
     if 0 < shared <= held and not engine["problem"]:
@@ -83,8 +78,8 @@ def standing(engine: Row, led: Container[str]) -> tuple[str, str]:
         return "is being computed", "yellow"
     if engine["problem"]:
         return engine["problem"], "red"
-    if engine["engine_id"] not in led:
-        return "another replica leads it", "dim"
+    if not engine["known"]:
+        return "not known", "dim"
     if not shared:
         return "is not tokenised yet", "dim"
     return ("warm in part" if held else "not there"), "dim"
@@ -142,13 +137,12 @@ def said(sentence: str, *below: RenderableType) -> Group:
     return Group(plain(sentence, "bold"), *below)
 
 
-def _on(engine: Row, led: Container[str]) -> list[RenderableType]:
+def _on(engine: Row) -> list[RenderableType]:
     held, shared = engine["held_token_count"], engine["shared_token_count"]
-    known = engine["engine_id"] in led
-    words, style = standing(engine, led)
+    words, style = standing(engine)
     return [
         plain(engine["engine_id"]),
-        f"{held:,} of {shared:,}" if known else f"? of {shared:,}",
+        f"{held:,} of {shared:,}" if engine["known"] else f"? of {shared:,}",
         plain(words, style),
     ]
 

@@ -57,6 +57,7 @@ class Standing:
         shared_tokens: of its full blocks.
         held_tokens: of those that the engine holds, from the beginning.
         problem: why it is not what was wanted.
+        known: the engine is led here; else `held_tokens` is 0 whatever it holds.
     """
 
     facts: EngineFacts
@@ -64,6 +65,7 @@ class Standing:
     held_tokens: int
     warming: bool
     problem: str
+    known: bool
 
 
 class PrefixKeeper:
@@ -137,6 +139,7 @@ class PrefixKeeper:
                     held * size,
                     care is not None and care.warming is not None,
                     problem,
+                    leader.loop is not None,
                 )
             )
         return standings

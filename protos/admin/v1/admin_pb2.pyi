@@ -90,12 +90,14 @@ class ListEnginesRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListEnginesResponse(_message.Message):
-    __slots__ = ("engines", "next_page_token")
+    __slots__ = ("engines", "next_page_token", "unanswered_replicas")
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     engines: _containers.RepeatedCompositeFieldContainer[Engine]
     next_page_token: str
-    def __init__(self, engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+    unanswered_replicas: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., unanswered_replicas: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Engine(_message.Message):
     __slots__ = ("engine_id", "address", "state", "model", "incarnation", "epoch", "block_size_tokens", "block_count", "free_block_count", "cached_block_count", "used_block_count", "running_sequence_count", "waiting_request_count", "step", "prefix_hit_token_count", "prefix_query_token_count", "preemption_count", "leader_address", "host_block_count", "used_host_block_count", "swap_count", "last_failure", "last_failure_age_seconds", "draining", "pinned_block_count", "swapped_sequence_count", "mean_queue_seconds", "mean_moves_seconds", "mean_forward_seconds", "mean_sample_seconds")
@@ -172,12 +174,14 @@ class ListSequencesRequest(_message.Message):
     def __init__(self, engine_id: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListSequencesResponse(_message.Message):
-    __slots__ = ("sequences", "next_page_token")
+    __slots__ = ("sequences", "next_page_token", "unanswered_replicas")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[Sequence]
     next_page_token: str
-    def __init__(self, sequences: _Optional[_Iterable[_Union[Sequence, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+    unanswered_replicas: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sequences: _Optional[_Iterable[_Union[Sequence, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., unanswered_replicas: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Sequence(_message.Message):
     __slots__ = ("engine_id", "request_id", "sample", "state", "slot", "prompt_token_count", "cached_token_count", "output_token_count", "block_count", "priority", "tenant")
@@ -258,12 +262,14 @@ class ListPrefixesRequest(_message.Message):
     def __init__(self, engine_id: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListPrefixesResponse(_message.Message):
-    __slots__ = ("prefixes", "next_page_token")
+    __slots__ = ("prefixes", "next_page_token", "unanswered_replicas")
     PREFIXES_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     prefixes: _containers.RepeatedCompositeFieldContainer[Prefix]
     next_page_token: str
-    def __init__(self, prefixes: _Optional[_Iterable[_Union[Prefix, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+    unanswered_replicas: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, prefixes: _Optional[_Iterable[_Union[Prefix, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., unanswered_replicas: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Prefix(_message.Message):
     __slots__ = ("prefix_hash", "name", "model", "token_count", "hit_count", "saved_token_count", "idle_seconds", "tenant", "shared", "pinned", "holders")
@@ -386,10 +392,12 @@ class ListRegisteredPrefixesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListRegisteredPrefixesResponse(_message.Message):
-    __slots__ = ("prefixes",)
+    __slots__ = ("prefixes", "unanswered_replicas")
     PREFIXES_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     prefixes: _containers.RepeatedCompositeFieldContainer[RegisteredPrefix]
-    def __init__(self, prefixes: _Optional[_Iterable[_Union[RegisteredPrefix, _Mapping]]] = ...) -> None: ...
+    unanswered_replicas: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, prefixes: _Optional[_Iterable[_Union[RegisteredPrefix, _Mapping]]] = ..., unanswered_replicas: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisteredPrefix(_message.Message):
     __slots__ = ("name", "form", "text", "pinned", "declared", "hit_count", "saved_token_count", "engines")
@@ -412,20 +420,22 @@ class RegisteredPrefix(_message.Message):
     def __init__(self, name: _Optional[str] = ..., form: _Optional[_Union[PrefixForm, str]] = ..., text: _Optional[str] = ..., pinned: _Optional[bool] = ..., declared: _Optional[bool] = ..., hit_count: _Optional[int] = ..., saved_token_count: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[RegisteredPrefixEngine, _Mapping]]] = ...) -> None: ...
 
 class RegisteredPrefixEngine(_message.Message):
-    __slots__ = ("engine_id", "model", "shared_token_count", "held_token_count", "warming", "problem")
+    __slots__ = ("engine_id", "model", "shared_token_count", "held_token_count", "warming", "problem", "known")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SHARED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     HELD_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     WARMING_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     model: str
     shared_token_count: int
     held_token_count: int
     warming: bool
     problem: str
-    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., shared_token_count: _Optional[int] = ..., held_token_count: _Optional[int] = ..., warming: _Optional[bool] = ..., problem: _Optional[str] = ...) -> None: ...
+    known: bool
+    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., shared_token_count: _Optional[int] = ..., held_token_count: _Optional[int] = ..., warming: _Optional[bool] = ..., problem: _Optional[str] = ..., known: _Optional[bool] = ...) -> None: ...
 
 class RegisterPrefixRequest(_message.Message):
     __slots__ = ("name", "text", "form", "pinned")

@@ -105,7 +105,7 @@ class AdminServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def ListEngines(self, request, context):
-        """The engines this replica knows, led by it or not.
+        """The engines this replica knows.
         Errors: INVALID_ARGUMENT (page_size, page_token).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -113,7 +113,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListSequences(self, request, context):
-        """Sequences resident on or waiting for the engines this replica leads.
+        """Sequences resident on engines or waiting for them.
         Errors: INVALID_ARGUMENT (page_size, page_token).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -122,7 +122,7 @@ class AdminServiceServicer:
 
     def GetBlockTable(self, request, context):
         """One resident sequence's block table.
-        Errors: NOT_FOUND (engine or sequence).
+        Errors: NOT_FOUND (engine or sequence), UNAVAILABLE (a leader does not answer).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,7 +130,7 @@ class AdminServiceServicer:
 
     def GetBlockMap(self, request, context):
         """Which blocks of an engine's pool are free, cached, used, shared or pinned.
-        Errors: NOT_FOUND (engine, or it is led by another replica).
+        Errors: NOT_FOUND (engine, or nobody leads it), UNAVAILABLE (its leader does not answer).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,7 +154,7 @@ class AdminServiceServicer:
 
     def ExplainRequest(self, request, context):
         """What a recent request found in the prefix cache when an engine took it, and why not more.
-        Errors: NOT_FOUND (the request did not come to this replica, or too long ago).
+        Errors: NOT_FOUND (no leader of an engine had it lately), UNAVAILABLE (one does not answer).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -203,7 +203,7 @@ class AdminServiceServicer:
 
     def DrainEngine(self, request, context):
         """Sends an engine no new requests; what waits there goes elsewhere, what runs there ends.
-        Errors: NOT_FOUND (engine, or it is led by another replica).
+        Errors: NOT_FOUND (engine, or nobody leads it), UNAVAILABLE (its leader does not answer).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

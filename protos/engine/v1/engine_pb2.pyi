@@ -132,12 +132,14 @@ class LeadResponse(_message.Message):
     def __init__(self, granted: _Optional[_Union[Granted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
 
 class Claim(_message.Message):
-    __slots__ = ("leader_address", "takes_draining")
+    __slots__ = ("leader_address", "takes_draining", "leader_admin_address")
     LEADER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TAKES_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LEADER_ADMIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     leader_address: str
     takes_draining: bool
-    def __init__(self, leader_address: _Optional[str] = ..., takes_draining: _Optional[bool] = ...) -> None: ...
+    leader_admin_address: str
+    def __init__(self, leader_address: _Optional[str] = ..., takes_draining: _Optional[bool] = ..., leader_admin_address: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
@@ -162,12 +164,14 @@ class Granted(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., incarnation: _Optional[str] = ..., snapshot_part_count: _Optional[int] = ...) -> None: ...
 
 class Refused(_message.Message):
-    __slots__ = ("leader_address", "epoch")
+    __slots__ = ("leader_address", "epoch", "leader_admin_address")
     LEADER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LEADER_ADMIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     leader_address: str
     epoch: int
-    def __init__(self, leader_address: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    leader_admin_address: str
+    def __init__(self, leader_address: _Optional[str] = ..., epoch: _Optional[int] = ..., leader_admin_address: _Optional[str] = ...) -> None: ...
 
 class SnapshotPart(_message.Message):
     __slots__ = ("slots", "requests", "sample_indexes", "prompt_token_counts", "token_counts", "computed_token_counts", "token_ids", "block_counts", "block_ids", "swapped", "hashed_blocks", "block_hashes")
