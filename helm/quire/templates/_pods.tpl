@@ -58,12 +58,17 @@ tls_ca: /etc/quire/tls/ca.crt
 {{- end -}}
 {{- end -}}
 
+{{/* GPUs of an engine's pod, each of which is a rank's. */}}
+{{- define "quire.ranks" -}}
+{{- div .Values.dataPlane.tensorParallel .Values.dataPlane.nodes -}}
+{{- end -}}
+
 {{/* MiB of host memory of an engine's pod. */}}
 {{- define "quire.dataPlaneMemoryMib" -}}
 {{- $plane := .Values.dataPlane -}}
 {{- $blocks := ternary 0 (int ($plane.kvMemoryMib | default 512)) $plane.gpu.enabled -}}
 {{- $ofRank := add $plane.swapMemoryMib $blocks -}}
-{{- add $plane.memoryMib $plane.sharedMemoryMib (mul $plane.tensorParallel $ofRank) -}}
+{{- add $plane.memoryMib $plane.sharedMemoryMib (mul (include "quire.ranks" .) $ofRank) -}}
 {{- end -}}
 
 {{/* The password of Redis's user: given, else that of the last revision, else a random one; the same
