@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -211,12 +212,20 @@ class CudaDevice:
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             result = run()
         self._pool = self._pool or graph.pool()
+        return _Replay(graph, result, run)
 
-        def replay() -> Tensor:
-            graph.replay()
-            return result
 
-        return replay
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """A captured graph, and what it was captured of: it holds addresses, and keeps no tensor."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Tensor
+    run: Callable[[], Tensor]
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.result
 
 
 def _tensor(array: Array) -> Tensor:

@@ -207,6 +207,20 @@ def test_decodes_run_in_the_smallest_bucket_that_holds_them(model: Model) -> Non
     assert sizes == sorted(sizes, reverse=True) and set(sizes) == {4, 2, 1}
 
 
+def test_buckets_may_first_run_in_any_order(model: Model) -> None:
+    """One sequence decodes alone before a second one comes."""
+    outputs = []
+    for buckets in ((), (1, 2, 4)):
+        pair = Pair(model, depth=1, buckets=buckets)
+        pair.submit("first", [5, 6, 7], max_tokens=10)
+        for _ in range(4):
+            pair.step()
+        pair.submit("second", [5, 6, 8], max_tokens=10)
+        outputs.append(pair.run().output)
+    assert pair.engine.runner.bucket_steps[1] and pair.engine.runner.bucket_steps[2]
+    assert outputs[0] == outputs[1]
+
+
 def test_the_largest_bucket_holds_every_slot_up_to_256() -> None:
     assert default_buckets(1) == [1]
     assert default_buckets(12) == [1, 2, 4, 8, 12]
