@@ -178,7 +178,7 @@ class StepRunner:
         """Brings logits to where those of every bucket are; the first one that runs makes it."""
         if self._logits is None:
             self._logits = logits.new_empty((self._buckets[-1], logits.shape[1]))
-        return self._logits[: len(logits)].copy_(logits)
+        return self._logits[: len(logits)].copy_(logits, non_blocking=True)
 
 
 def _decodes(columns: _Columns, size: int) -> AttentionBatch:
