@@ -1,12 +1,13 @@
-"""The device of CUDA: what a CPU can show of it, with torch.cuda's own things stood in for."""
+"""The device of CUDA: what a CPU can show of it, and what takes a GPU."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from data_plane.device import CudaDevice
-from data_plane.engine import Engine
+from data_plane.engine import Engine, Launched
 from data_plane.model import Model, load_model
 from kernels import AttentionBatch
 from tests.models import tiny_model
-from tests.test_step_path import SIZES
+from tests.test_step_path import SIZES, Pair, submit_all_kinds
 
 
 class Stream:
@@ -89,3 +90,73 @@ def test_all_that_a_bucket_reads_is_the_runners_own(
     columns = engine.runner._columns
     owned = [getattr(columns, field.name) for field in fields(columns)]
     assert read <= {column.untyped_storage().data_ptr() for column in owned}
+
+
+# What needs a GPU.
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def _launched_without_waiting(engine: Engine) -> Callable[..., Launched]:
+    """`engine.launch`, in which torch raises an error for whatever waits for the device."""
+    launch = engine.launch
+
+    def watched(plan: Any, queued_us: int = 0) -> Launched:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(plan, queued_us)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return watched
+
+
+@needs_gpu
+@pytest.mark.parametrize("fused", [False, True], ids=["eager layers", "fused layers"])
+def test_graphs_moves_and_draws_wait_for_nothing_and_change_no_token(
+    fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps ahead, in graphs, with swaps beside them, give the tokens of one eager step at a time.
+
+    Qwen3 is the tiny model whose heads are wide enough for the kernels.
+    """
+    model = load_model(tiny_model("qwen3", tmp_path), dtype="float32", device="cuda")
+    alone = Pair(model, depth=1)
+    submit_all_kinds(alone)
+    alone.run()
+    if fused:
+        model.compile(block_size=SIZES.block_size)
+        assert model.compiled is not None
+    pair = Pair(model, depth=2, buckets=(1, 4, 12))
+    pair.engine.warm_up()
+    monkeypatch.setattr(pair.engine, "launch", _launched_without_waiting(pair.engine))
+    submit_all_kinds(pair)
+    for _ in range(6):
+        pair.step()
+        for group in pair.scheduler.resident_groups[-1:]:
+            pair.scheduler.preempt(group)
+    pair.run()
+    assert pair.scheduler.totals.preemptions > 3 and sum(pair.engine.runner.bucket_steps.values())
+    assert pair.output == alone.output and not pair.faults
+    for key, scores in alone.logprobs.items():
+        assert pair.logprobs[key] == pytest.approx(scores, abs=1e-3)
+    if fused:
+        assert model.compiled is not None and model.compiled.missed == 0
+
+
+@needs_gpu
+def test_torch_sees_a_step_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(tiny_model("qwen3", tmp_path), dtype="float32", device="cuda")
+    forward = model.forward
+
+    def waiting(*given: Any) -> Tensor:
+        logits = forward(*given)
+        logits[0, 0].item()
+        return logits
+
+    pair = Pair(model, depth=1)
+    monkeypatch.setattr(model, "forward", waiting)
+    monkeypatch.setattr(pair.engine, "launch", _launched_without_waiting(pair.engine))
+    pair.submit("one", [5, 6, 7], max_tokens=2)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        pair.run()
