@@ -121,7 +121,7 @@ def _decisive(settings: Settings) -> int:
 
 
 def kv_memory(
-    settings: Settings, model: Model, device: Device, scales: KVScales | None, graph_count: int
+    settings: Settings, model: Model, device: Device, scales: KVScales | None, buckets: list[int]
 ) -> int:
     """Returns the bytes of device memory for the block pool."""
     if settings.kv_memory_mib or not device.asynchronous:
@@ -134,7 +134,7 @@ def kv_memory(
         step_tokens=settings.max_step_tokens,
         slot_count=settings.max_slots,
         max_length=settings.max_model_length or model.facts.max_model_length,
-        graph_count=graph_count,
+        buckets=buckets,
         scales=scales,
     )
 
@@ -198,7 +198,7 @@ def build_engine(
     place_of_steps = device_of(device)
     graphed = settings.graphs and place_of_steps.asynchronous
     buckets = default_buckets(settings.max_slots) if graphed else []
-    kv_bytes = kv_memory(settings, model, place_of_steps, scales, len(buckets))
+    kv_bytes = kv_memory(settings, model, place_of_steps, scales, buckets)
     sizes = engine_sizes(settings, model.facts, kv_bytes, group)
     log.info("allocating %d blocks of %d tokens", sizes.block_count, sizes.block_size)
     engine = Engine(
@@ -206,6 +206,7 @@ def build_engine(
     )
     engine.warm_up(partial(shown, what="compiling kernels"))
     engine.capture(partial(shown, what="capturing graphs"))
+    engine.rehearse()
     group.minimum(0)  # Waits for all: the engine is ready when every rank is.
     return engine
 

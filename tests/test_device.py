@@ -129,6 +129,7 @@ def test_graphs_moves_and_draws_wait_for_nothing_and_change_no_token(
         assert model.compiled is not None
     pair = Pair(model, depth=2, buckets=(1, 4, 12))
     pair.engine.warm_up()
+    pair.engine.rehearse()
     monkeypatch.setattr(pair.engine, "launch", _launched_without_waiting(pair.engine))
     submit_all_kinds(pair)
     for _ in range(6):

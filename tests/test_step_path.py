@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from control_plane.beams import BeamFields
 from control_plane.engine_wire import decode_result, encode_plan
 from control_plane.request import Request, SamplingFields, SequenceGroup
 from control_plane.scheduler import Scheduler, SchedulerLimits
+from data_plane import rehearsal
 from data_plane.engine import Engine, EngineSizes, Launched
 from data_plane.model import Model, load_model
 from data_plane.plan import decode_plan
@@ -228,24 +230,58 @@ def test_the_largest_bucket_holds_every_slot_up_to_256() -> None:
         assert buckets == sorted(set(buckets)) and buckets[-1] == min(slots, 256)
 
 
-def test_what_warms_an_engine_up_leaves_nothing_behind(model: Model, alone: Pair) -> None:
-    """On a GPU it runs a step and a move of each kind."""
+def test_what_a_start_runs_leaves_nothing_behind(
+    model: Model, alone: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it runs a step of each kind, and once as much as a step can ask for."""
     pair = Pair(model, depth=1)
-    steps: list[int] = []
+    engine = pair.engine
+    passes = _seen(monkeypatch, model, "forward")
+    engine.warm_up()
+    engine.rehearse()
+    assert not passes
+    draws = _seen(monkeypatch, rehearsal, "draw")
+    moves = [_seen(monkeypatch, engine.cache, name) for name in MOVES]
+    began: list[list[int]] = []
 
-    def seen(batches: list[AttentionBatch]) -> Iterator[AttentionBatch]:
-        for batch in batches:
-            steps.append(len(batch.slot_mapping))
-            yield batch
+    @contextmanager
+    def moving() -> Iterator[None]:
+        began.append([len(each) for each in moves])
+        yield
+        began.append([len(each) for each in moves])
 
-    pair.engine.warm_up(seen)
-    assert not steps
-    pair.engine.device.asynchronous = True
-    pair.engine.warm_up(seen)
-    pair.engine.device.asynchronous = False
+    monkeypatch.setattr(engine.device, "moving", moving)
+    engine.device.asynchronous = True
+    engine.warm_up()
+    steps = [len(batch.slot_mapping) for _, _, batch, *_ in passes]
     assert max(steps) == 256 and 1 in steps
+    engine.rehearse()
+    engine.device.asynchronous = False
+    assert len(passes[-1][0]) == len(passes[-1][-1]) == SIZES.step_tokens
+    (logits, rows, table, *_), *_ = draws
+    assert len(logits) == SIZES.step_tokens and len(rows.slots) == SIZES.slot_count
+    assert table.temperature.all() and (table.top_p < 1).all() and table.presence_penalty.all()
+    assert (table.repetition_penalty > 1).all() and (table.logprob_count > 0).all()
+    # None on the stream of what is computed, one of each on that of moves.
+    assert began == [[0, 0, 0], [1, 1, 1]]
     submit_all_kinds(pair)
     assert pair.run().output == alone.output and not pair.faults
+
+
+MOVES = ("copy_blocks", "swap_out", "swap_in")
+
+
+def _seen(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[tuple[Any, ...]]:
+    """What a function is called with from now on."""
+    calls: list[tuple[Any, ...]] = []
+    function = getattr(where, name)
+
+    def call(*given: Any) -> Any:
+        calls.append(given)
+        return function(*given)
+
+    monkeypatch.setattr(where, name, call)
+    return calls
 
 
 # Nothing waits for the device.
@@ -362,7 +398,7 @@ def watched(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pair
         monkeypatch.setattr(pair.engine, "launch", watched)
         _unwatch(monkeypatch, pair.engine.device, "fetch")
         # These look at ids that are in host memory, and bring them to the device by themselves.
-        for name in ("swap_out", "swap_in", "copy_blocks"):
+        for name in MOVES:
             _unwatch(monkeypatch, pair.engine.cache, name)
         return pair
 

@@ -87,6 +87,7 @@ def _memory(loaded: Loaded, device: Device) -> dict[str, Any]:
         engine = Engine(loaded.model, _sizes(loaded, 512), buckets=default_buckets(SLOTS))
         engine.warm_up()
         engine.capture()
+        engine.rehearse()
         counters.append(device.memory_counters())
         for _ in range(3):
             steps.append(_mixed(engine, loaded.model.facts.vocabulary_size, device))
