@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +11,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from data_plane.device import CudaDevice
 from data_plane.engine import Engine, Launched
+from data_plane.kv_cache import KVCache, pinned
 from data_plane.model import Model, load_model
 from kernels import AttentionBatch
 from tests.models import tiny_model
@@ -92,6 +95,55 @@ def test_all_that_a_bucket_reads_is_the_runners_own(
     assert read <= {column.untyped_storage().data_ptr() for column in owned}
 
 
+class Runtime:
+    """What of CUDA's runtime pins memory; it refuses more than a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        assert flags == 3
+        if size > self.limit:
+            return 2
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+    def cudaGetErrorString(self, error: int) -> str:
+        return f"error {error}"
+
+
+class Owner:
+    pass
+
+
+def test_swap_space_pins_what_is_asked_for_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, place = Runtime(limit=1 << 20), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    owner = Owner()
+    slab = pinned(owner, (5, 3, 7), torch.bfloat16, place)
+    assert runtime.pinned == {slab.data_ptr(): 5 * 3 * 7 * 2}
+    assert slab.data_ptr() % mmap.PAGESIZE == 0
+    slab.fill_(2)
+    assert slab.sum() == 2 * 5 * 3 * 7
+    del owner
+    gc.collect()
+    assert not runtime.pinned
+    with pytest.raises(
+        ValueError, match="2 MiB of host memory for swapped blocks cannot be pinned: error 2"
+    ):
+        pinned(Owner(), (2 << 20,), torch.uint8, place)
+    with pytest.raises(ValueError, match="for swapped blocks: Cannot allocate memory"):
+        pinned(Owner(), (1 << 60,), torch.uint8, place)
+    assert not runtime.pinned
+
+
 # What needs a GPU.
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -161,3 +213,19 @@ def test_torch_sees_a_step_that_waits(tmp_path: Path, monkeypatch: pytest.Monkey
     pair.submit("one", [5, 6, 7], max_tokens=2)
     with pytest.raises(RuntimeError, match="synchronizing"):
         pair.run()
+
+
+@needs_gpu
+def test_blocks_come_back_from_pinned_host_memory() -> None:
+    """By a kernel where they are small, and by the copy engines where they are large."""
+    for head_size in (16, 256):
+        place = torch.device("cuda")
+        cache = KVCache(4, 6, 5, 4, 16, head_size, torch.float32, place)
+        assert cache.host_slab.is_pinned()
+        cache.slab.copy_(torch.randn(cache.slab.shape))
+        before = cache.slab.clone()
+        there, here = np.array([3, 1, 0]), np.array([5, 2, 4])
+        cache.swap_out(here, there)
+        cache.slab.zero_()
+        cache.swap_in(there, here)
+        assert torch.equal(cache.slab[:, here], before[:, here])
