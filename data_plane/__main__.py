@@ -24,6 +24,7 @@ from pydantic_settings import CliApp
 from torch.distributed.distributed_c10d import Store
 
 from data_plane.calibrate import find_scales
+from data_plane.compiled import reason_of
 from data_plane.device import Device, device_of
 from data_plane.engine import Engine, EngineSizes
 from data_plane.follower import follow
@@ -64,6 +65,13 @@ class SettingsError(Exception):
 REFUSALS = (ModelError, SettingsError, ValueError)
 
 
+def block_bytes(settings: Settings, facts: ModelFacts) -> int:
+    """Returns the bytes of a block on this rank."""
+    dtype = KV_DTYPE if settings.kv_dtype == "fp8" else facts.dtype
+    per_token = 2 * facts.layer_count * facts.local_kv_head_count * facts.head_size * dtype.itemsize
+    return per_token * settings.block_size
+
+
 def engine_sizes(
     settings: Settings, facts: ModelFacts, kv_bytes: int, group: TensorGroup
 ) -> EngineSizes:
@@ -72,10 +80,7 @@ def engine_sizes(
     Raises:
         SettingsError: there is too little.
     """
-    dtype = KV_DTYPE if settings.kv_dtype == "fp8" else facts.dtype
-    per_head = 2 * facts.layer_count * facts.head_size * dtype.itemsize
-    per_token = per_head * facts.local_kv_head_count
-    per_block = per_token * settings.block_size
+    per_block = block_bytes(settings, facts)
     count = group.minimum(settings.blocks or kv_bytes // per_block)
     if count < 1:
         raise SettingsError(
@@ -109,6 +114,18 @@ def check_settings(settings: Settings, facts: ModelFacts) -> None:
     if length > facts.max_model_length:
         raise SettingsError(
             f"max-model-length {length} exceeds the model's own {facts.max_model_length}"
+        )
+
+
+def check_room(settings: Settings, facts: ModelFacts, sizes: EngineSizes, device: Device) -> None:
+    """Raises SettingsError where a GPU has no room for the blocks; a CPU's pages come when used."""
+    if not device.asynchronous:
+        return
+    wanted, (free, _) = sizes.block_count * block_bytes(settings, facts), device.memory()
+    if wanted > free:
+        raise SettingsError(
+            f"{sizes.block_count} blocks take {wanted >> 20} MiB, "
+            f"and {free >> 20} MiB of the device's memory are free"
         )
 
 
@@ -146,6 +163,20 @@ def compiles_layers(settings: Settings, device: torch.device, group: TensorGroup
         log.info("the layers run eagerly: those of several ranks are not compiled")
         return False
     return wanted
+
+
+def capture_graphs(engine: Engine, group: TensorGroup) -> None:
+    """Captures the graphs of decodes; where that cannot be, the log says why.
+
+    Of several ranks it must be: others may have captured them, and would pad what this one does
+    not.
+    """
+    try:
+        engine.capture(partial(shown, what="capturing graphs"))
+    except Exception as error:
+        if group.size > 1:
+            raise
+        log.warning("decodes run without graphs: %s", reason_of(error))
 
 
 def build_engine(
@@ -200,12 +231,13 @@ def build_engine(
     buckets = default_buckets(settings.max_slots) if graphed else []
     kv_bytes = kv_memory(settings, model, place_of_steps, scales, buckets)
     sizes = engine_sizes(settings, model.facts, kv_bytes, group)
+    check_room(settings, model.facts, sizes, place_of_steps)
     log.info("allocating %d blocks of %d tokens", sizes.block_count, sizes.block_size)
     engine = Engine(
         model, sizes, kv_scales=scales, buckets=buckets, check=settings.check_invariants
     )
     engine.warm_up(partial(shown, what="compiling kernels"))
-    engine.capture(partial(shown, what="capturing graphs"))
+    capture_graphs(engine, group)
     engine.rehearse()
     group.minimum(0)  # Waits for all: the engine is ready when every rank is.
     return engine

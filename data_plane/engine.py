@@ -174,7 +174,11 @@ class Engine:
             self.runner.warm_up(progress)
 
     def capture(self, progress: Callable[[list[int]], Iterable[int]] = iter) -> None:
-        """Readies the graphs of the buckets; called once, before the first step."""
+        """Readies the graphs of the buckets; called once, before the first step.
+
+        Raises:
+            Exception: whatever keeps them from being captured; decodes run without them then.
+        """
         self.runner.capture(progress)
 
     def rehearse(self) -> None:

@@ -110,9 +110,17 @@ class StepRunner:
 
         Args:
             progress: shows how far it is while it yields what it is given.
+
+        Raises:
+            Exception: whatever keeps one from it; there are no buckets then.
         """
-        for size in progress(self._buckets[::-1]):
-            self._graphs[size] = self._device.capture(self._decode_of(size))
+        try:
+            for size in progress(self._buckets[::-1]):
+                self._graphs[size] = self._device.capture(self._decode_of(size))
+        except BaseException:
+            self._buckets, self._graphs, self._logits = [], {}, None
+            self.bucket_steps = {}
+            raise
 
     def run(self, batch: StepBatch) -> Tensor:
         """Computes a step, writes its keys and values; returns logits [L, V] of `logit_rows`."""

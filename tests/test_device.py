@@ -16,10 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_plane.device import CudaDevice
+from data_plane import __main__ as data_plane
+from data_plane.compiled import reason_of
+from data_plane.device import CpuDevice, CudaDevice
 from data_plane.engine import Engine, Launched
 from data_plane.kv_cache import KVCache, pinned
 from data_plane.model import Model, load_model
+from data_plane.settings import Settings
+from data_plane.tensor_parallel import TensorGroup
 from kernels import AttentionBatch
 from tests.models import tiny_model
 from tests.test_step_path import SIZES, Pair, submit_all_kinds
@@ -37,13 +41,13 @@ class Graph:
     def replay(self) -> None:
         pass
 
-    def pool(self) -> tuple[int, int]:
-        return 0, 1
-
 
 @contextmanager
 def entered(*_: Any, **__: Any) -> Iterator[None]:
     yield
+
+
+POOL = (0, 1)
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
     """The device of CUDA over a CPU's memory: a capture runs what it captures."""
     for name, stand_in in (
         ("Stream", Stream), ("CUDAGraph", Graph), ("graph", entered), ("stream", entered),
-        ("current_stream", Stream),
+        ("current_stream", Stream), ("graph_pool_handle", lambda: POOL),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
     return CudaDevice(torch.device("cpu"))
@@ -93,6 +97,91 @@ def test_all_that_a_bucket_reads_is_the_runners_own(
     columns = engine.runner._columns
     owned = [getattr(columns, field.name) for field in fields(columns)]
     assert read <= {column.untyped_storage().data_ptr() for column in owned}
+
+
+def test_what_a_failed_capture_leaves_open_is_closed(
+    cuda: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch has it: the end of an invalid capture fails before its stream and pool are left."""
+    entered_streams: list[Any] = []
+    closed: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def stream(one: Stream) -> Iterator[None]:
+        entered_streams.append(one)
+        try:
+            yield
+        finally:
+            entered_streams.pop()
+
+    class Capture:
+        def __init__(self, graph: Graph, pool: Any, stream: Stream) -> None:
+            assert pool == POOL and entered_streams == [stream]
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def waiting() -> Tensor:
+        runs.append(1)
+        if len(runs) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return torch.ones(1)
+
+    runs: list[int] = []
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *given: closed.append(given), raising=False)
+    with pytest.raises(RuntimeError) as error:
+        cuda.capture(waiting)
+    assert "not permitted when stream is capturing" in reason_of(error.value)
+    assert not entered_streams and closed == [(3, POOL)] * 2
+
+
+def test_an_engine_runs_without_graphs_where_they_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(device: CpuDevice, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        if run().shape[0] == 1:
+            raise RuntimeError("a capture\nhas failed")
+        return run
+
+    monkeypatch.setattr(data_plane, "device_of", lambda _: Asynchronous())
+    monkeypatch.setattr(CpuDevice, "capture", fail)
+    settings = Settings(kv_memory_mib=16, max_slots=4)
+    engine = data_plane.build_engine(settings)
+    said = [record.message for record in caplog.records if record.name == "data_plane"]
+    assert said == ["decodes run without graphs: RuntimeError: a capture"]
+    runner = engine.runner
+    assert not (runner.bucket_steps or runner._graphs or runner._buckets)
+    again = Engine(engine.model, engine.sizes, buckets=(1, 2))
+    with pytest.raises(RuntimeError, match="has failed"):
+        data_plane.capture_graphs(again, TensorGroup(0, 2))
+
+
+class Asynchronous(CpuDevice):
+    """A device with a gibibyte, half of which is free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asynchronous = True
+
+    def memory(self) -> tuple[int, int]:
+        return 1 << 29, 1 << 30
+
+
+@pytest.mark.parametrize("wanted", [{"kv_memory_mib": 513}, {"blocks": 1 << 20}])
+def test_blocks_that_a_gpu_has_no_room_for_are_refused_in_a_sentence(
+    wanted: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_plane, "device_of", lambda _: Asynchronous())
+    sentence = r"\d+ blocks take \d+ MiB, and 512 MiB of the device's memory are free"
+    with pytest.raises(data_plane.REFUSALS, match=sentence):
+        data_plane.build_engine(Settings(**wanted))  # type: ignore[arg-type]
 
 
 class Runtime:
@@ -229,3 +318,28 @@ def test_blocks_come_back_from_pinned_host_memory() -> None:
         cache.slab.zero_()
         cache.swap_in(there, here)
         assert torch.equal(cache.slab[:, here], before[:, here])
+
+
+@needs_gpu
+def test_steps_go_on_after_a_capture_that_failed(tmp_path: Path) -> None:
+    """A capture that waits is invalid, and leaves torch's allocator as it was before."""
+    model = load_model(tiny_model("qwen3", tmp_path), dtype="float32", device="cuda")
+    alone = Pair(model, depth=1)
+    submit_all_kinds(alone)
+    alone.run()
+    pair = Pair(model, depth=2)
+    device, stream = pair.engine.device, torch.cuda.current_stream()
+    with pytest.raises(RuntimeError) as error:
+        device.capture(lambda: torch.ones(int(torch.ones(1, device="cuda").item())))
+    assert "captur" in reason_of(error.value)
+    assert torch.cuda.current_stream() == stream
+    submit_all_kinds(pair)
+    assert pair.run().output == alone.output
+    # What a second stream has used is freed again, which is not while a capture is open.
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        device.fetch([torch.ones(1 << 20, device="cuda")]).wait()
+    torch.cuda.synchronize()
+    torch.ones(1, device="cuda")
+    assert torch.cuda.memory_allocated() < before + (8 << 20)
