@@ -304,7 +304,9 @@ async def serve(
         log.critical("the engine failed: %s", loss.sentence)
         return loss.status
     worker.submit(ranks.stop)
-    worker.stop(STOP_SECONDS)
+    if not worker.stop(STOP_SECONDS):
+        log.critical("the engine failed: its worker does not end")
+        return EXIT_WORKER_FAILED
     return 0
 
 

@@ -59,8 +59,7 @@ def follow(
             signal.signal(number, lambda *_: link.send(Kind.STOP))
         while (loss := follower.trouble(refusals, hung_seconds)) is None:
             if not follower.obey(_WATCH_SECONDS):
-                worker.stop(stop_seconds)
-                return 0
+                return 0 if worker.stop(stop_seconds) else EXIT_WORKER_FAILED
         kind, sentence, status = loss
         link.send(kind, sentence.encode())
     except (LinkEnded, dist.DistError) as error:
