@@ -137,14 +137,26 @@ class Link:
         return Kind(number), payload
 
 
-def listen(host: str) -> socket.socket:
-    """Opens a port for links: on the loopback interface if `host` names it, else on all."""
-    try:
-        local = socket.gethostbyname(host).startswith("127.")
-    except OSError:
-        local = False
-    if local:
-        return socket.create_server(("127.0.0.1", 0))
+def listen(host: str, *, local: bool) -> socket.socket:
+    """Opens a port for links, on the loopback interface or on all.
+
+    Args:
+        host: the name by which other ranks find this machine. Its own table of names may have it
+            on the loopback interface, which says nothing of where the others are.
+        local: whether all ranks are on this machine.
+    """
+    address = _loopback(host) if local else None
+    if address is not None:
+        return socket.create_server((address, 0))
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))
+
+
+def _loopback(host: str) -> str | None:
+    """The address of a name, if that is of the loopback interface."""
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return None
+    return address if address.startswith("127.") else None

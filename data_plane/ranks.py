@@ -111,6 +111,11 @@ class Place:
             _number(environment, "MASTER_PORT"),
         )
 
+    @property
+    def is_local(self) -> bool:
+        """Whether all ranks are known to be on one machine: by their number, or where they meet."""
+        return self.local_size == self.size or self.host in ("localhost", _LOOPBACK)
+
     def device(self, wanted: str) -> torch.device:
         """Raises ValueError: there is no such device for this rank."""
         if wanted == "auto":
@@ -170,7 +175,7 @@ class Ranks:
         except dist.DistError as error:
             raise RankLost(Loss(f"the ranks cannot meet: {error}")) from error
         secret = secrets.token_bytes(SECRET_BYTES)
-        with listen(place.host) as door:
+        with listen(place.host, local=place.is_local) as door:
             store.set(_MEETING, f"{door.getsockname()[1]} {secret.hex()}")
             if not place.port:
                 self._children = _start_others(place.size, store.port)

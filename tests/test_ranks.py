@@ -241,6 +241,30 @@ def test_a_worker_that_fails_or_hangs_ends_the_engine(
         asyncio.run(main())
 
 
+def test_sigterm_under_a_worker_that_hangs_is_no_orderly_end(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with wire.channel(f"127.0.0.1:{engine.port}") as channel:
+            lead, granted = await heir_of(engine_pb2_grpc.EngineServiceStub(channel))
+            await lead.snapshot(granted)
+            epoch = granted.granted.epoch
+            await lead.step(first_plan(epoch))
+            await lead.step(engine_pb2.StepPlan(epoch=epoch, step=2))
+            plan = engine_pb2.StepPlan(epoch=epoch, step=3)
+            await lead.call.write(engine_pb2.LeadRequest(plan=plan))
+            async with asyncio.timeout(10):
+                while "it hangs" not in engine.log.read_text():
+                    await asyncio.sleep(0.02)
+            engine.kill(0, signal.SIGTERM)
+            assert await asyncio.to_thread(engine.exit_codes, 20) == [EXIT_WORKER_FAILED]
+            assert "its worker does not end" in engine.log.read_text()
+
+    with RankProcesses(models["llama"], 1, tmp_path, *LIMITS, faulty=0, fault="hangs") as engine:
+        engine.ready()
+        asyncio.run(main())
+
+
 def test_the_lead_stream_and_health_say_that_the_engine_failed(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -391,9 +415,24 @@ def test_a_place_is_taken_from_the_variables_of_torchrun() -> None:
         Place(1, 2).device("cuda:1")
 
 
+def test_links_are_open_to_where_the_ranks_are() -> None:
+    """A machine's own name is often on its loopback interface, where others do not find it."""
+    own = "127.0.1.1"
+    with listen(own, local=True) as door:
+        assert door.getsockname()[0] == own
+        socket.create_connection(door.getsockname()).close()
+    for host, local in ((own, False), ("localhost", False), ("no.such.host.invalid", True)):
+        with listen(host, local=local) as door:
+            assert door.getsockname()[0] in ("::", "0.0.0.0")
+    assert Place(size=4, local_size=4, host="node-a").is_local
+    assert Place(1, 4, 1, 2, "127.0.0.1").is_local and Place(1, 4, host="localhost").is_local
+    assert not Place(1, 4, 1, 2, "node-a").is_local
+    assert not Place(1, 4, 1, 2, own).is_local
+
+
 def test_a_link_is_for_those_who_know_the_secret() -> None:
     secret, hello = os.urandom(SECRET_BYTES), Hello(3, 1234, "node-b")
-    with listen("localhost") as door:
+    with listen("localhost", local=True) as door:
         port = door.getsockname()[1]
         assert door.getsockname()[0] == "127.0.0.1"
         there = Link.connect("127.0.0.1", port, secret, hello, 5)
