@@ -29,12 +29,20 @@ from data_plane.device import Device, device_of
 from data_plane.engine import Engine, EngineSizes
 from data_plane.follower import follow
 from data_plane.kv_scales import KV_DTYPE, KVScales
-from data_plane.load_progress import shown
+from data_plane.load_progress import pulse, shown
 from data_plane.memory import cache_bytes
 from data_plane.metrics.activity import Activity
 from data_plane.metrics.families import registry_of
 from data_plane.model import Model, ModelError, ModelFacts, load_model
-from data_plane.ranks import EXIT_BAD_MODEL, EXIT_WORKER_FAILED, Loss, Place, RankLost, Ranks
+from data_plane.ranks import (
+    EXIT_BAD_MODEL,
+    EXIT_WORKER_FAILED,
+    STARTS_PER_STEP,
+    Loss,
+    Place,
+    RankLost,
+    Ranks,
+)
 from data_plane.service import EngineService, ServiceTimes, leaders_only, stable_engine_id
 from data_plane.settings import Settings
 from data_plane.step_runner import default_buckets
@@ -215,6 +223,7 @@ def build_engine(
         name=settings.served_model_name or None,
         group=group,
     )
+    pulse.beat()
     check_settings(settings, model.facts)
     scales = None
     if settings.kv_dtype == "fp8":
@@ -226,6 +235,7 @@ def build_engine(
     if compiled:
         model.compile(scales, settings.block_size, partial(shown, what="compiling layers"))
     model.warm_up(scales, settings.block_size)
+    pulse.beat()
     place_of_steps = device_of(device)
     graphed = settings.graphs and place_of_steps.asynchronous
     buckets = default_buckets(settings.max_slots) if graphed else []
@@ -236,6 +246,7 @@ def build_engine(
     engine = Engine(
         model, sizes, kv_scales=scales, buckets=buckets, check=settings.check_invariants
     )
+    pulse.beat()
     engine.warm_up(partial(shown, what="compiling kernels"))
     capture_graphs(engine, group)
     engine.rehearse()
@@ -343,7 +354,8 @@ def _lead(settings: Settings, place: Place, ranks: Ranks) -> int:
         worker = Worker()
         worker.start()
         building = worker.submit(partial(build_engine, settings, place, ranks.store))
-        engine = _result(building, ranks)
+        patience = STARTS_PER_STEP * settings.hung_step_seconds
+        engine = _result(building, ranks, patience)
         engine.load_seconds = time.monotonic() - began
     except REFUSALS as error:
         print(f"cannot serve: {error}", file=sys.stderr)
@@ -354,14 +366,19 @@ def _lead(settings: Settings, place: Place, ranks: Ranks) -> int:
     return uvloop.run(serve(settings, worker, engine, tokenizer, ranks))
 
 
-def _result(building: Future[Engine], ranks: Ranks) -> Engine:
+def _result(building: Future[Engine], ranks: Ranks, patience: float) -> Engine:
     """Waits for the engine.
 
+    Args:
+        patience: seconds in which some rank must get on, if there are several.
+
     Raises:
-        RankLost: another rank has gone meanwhile, without which it is never built.
+        RankLost: another rank has gone meanwhile, without which it is never built, or hangs.
     """
     either: tuple[Future[Any], ...] = (building, ranks.lost)
-    wait(either, return_when=FIRST_COMPLETED)
+    while not wait(either, _WATCH_SECONDS, FIRST_COMPLETED).done:
+        if not ranks.alone and (loss := ranks.stalled(pulse.count, patience)):
+            raise RankLost(loss)
     error = building.exception() if building.done() else None
     if not building.done() or (error is not None and not isinstance(error, REFUSALS)):
         cause = ranks.cause()

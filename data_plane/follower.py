@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from data_plane.engine import Engine, Launched
+from data_plane.load_progress import pulse
 from data_plane.plan import PlanError, decode_plan
 from data_plane.rank_link import Kind, Link, LinkEnded
 from data_plane.ranks import (
@@ -58,6 +59,7 @@ def follow(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: link.send(Kind.STOP))
         while (loss := follower.trouble(refusals, hung_seconds)) is None:
+            follower.tell_progress()
             if not follower.obey(_WATCH_SECONDS):
                 return 0 if worker.stop(stop_seconds) else EXIT_WORKER_FAILED
         kind, sentence, status = loss
@@ -95,6 +97,15 @@ class _Follower:
         if built and self._worker.stuck_seconds > hung_seconds:
             return Kind.FAILED, f"one step takes more than {hung_seconds:g} s", EXIT_WORKER_FAILED
         return None
+
+    def tell_progress(self) -> None:
+        """Tells rank 0 how far the engine is, while it is built.
+
+        Raises:
+            LinkEnded: rank 0 is gone.
+        """
+        if not self._engine.done():
+            self._link.send(Kind.PROGRESS, pulse.count.to_bytes(8, "little"))
 
     def obey(self, seconds: float) -> bool:
         """Takes a frame, if one comes in the given time; returns False where it was the last.

@@ -32,7 +32,7 @@ _KEEPALIVE = {
 
 
 class Kind(enum.IntEnum):
-    """What a frame says; PLAN to STOP come from rank 0, STOP to FAILED go to it."""
+    """What a frame says; PLAN to STOP come from rank 0, STOP to PROGRESS go to it."""
 
     HELLO = 1
     PLAN = 2
@@ -41,6 +41,7 @@ class Kind(enum.IntEnum):
     STOP = 5
     REFUSED = 6
     FAILED = 7
+    PROGRESS = 8
 
 
 class LinkEnded(Exception):

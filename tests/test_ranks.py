@@ -22,7 +22,7 @@ from control_plane.leader import LeaderState
 from control_plane.server import Replica
 from data_plane.model import load_model
 from data_plane.rank_link import SECRET_BYTES, Hello, Kind, Link, LinkEnded, listen
-from data_plane.ranks import EXIT_BAD_MODEL, EXIT_RANK_LOST, EXIT_WORKER_FAILED, Place
+from data_plane.ranks import EXIT_BAD_MODEL, EXIT_RANK_LOST, EXIT_WORKER_FAILED, Place, Ranks
 from protos import wire
 from protos.admin.v1 import admin_pb2, admin_pb2_grpc
 from protos.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -381,6 +381,37 @@ def test_a_rank_that_dies_before_the_engine_serves(models: dict[str, Path], tmp_
         assert engine.wait(10) == EXIT_RANK_LOST
         last = engine.log().splitlines()[-1]
         assert last == f"cannot serve: rank 1 (process {child}) was ended by signal 9"
+
+
+def test_a_rank_that_hangs_before_the_engine_serves(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    with two_ranks(models["llama"], tmp_path, "--hung-step-seconds", "0.5") as engine:
+        deadline = time.monotonic() + 60
+        while engine.log().count(" loading ") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        (child,) = children(engine.pid)
+        os.kill(child, signal.SIGSTOP)
+        assert engine.wait(30) == EXIT_RANK_LOST
+        last = engine.log().splitlines()[-1]
+        sentence = f"rank 1 (process {child}) does not get on: 5 s have brought nothing"
+        assert last == f"cannot serve: {sentence}"
+
+
+def test_of_ranks_that_do_not_get_on_the_one_behind_is_named() -> None:
+    ranks = Ranks()
+    ranks._names |= {1: "rank 1", 2: "rank 2"}
+    for rank, count in ((2, 5), (1, 5)):
+        ranks._note_progress(rank, count)
+    assert ranks.stalled(5, 60) is None
+    loss = ranks.stalled(5, 0)
+    # All are as far; rank 2 was not heard of for longest.
+    assert loss is not None and loss.sentence.startswith("rank 2 does not get on")
+    ranks._note_progress(2, 6)
+    loss = ranks.stalled(4, 0)
+    assert loss is not None and loss.sentence.startswith("rank 0 does not get on")
+    assert loss.status == EXIT_WORKER_FAILED
 
 
 def test_heads_that_do_not_divide_are_refused_in_one_sentence(
