@@ -37,7 +37,7 @@ from data_plane.model import Model, ModelError, ModelFacts, load_model
 from data_plane.ranks import (
     EXIT_BAD_MODEL,
     EXIT_WORKER_FAILED,
-    STARTS_PER_STEP,
+    BUILD_FACTOR,
     Loss,
     Place,
     RankLost,
@@ -354,7 +354,7 @@ def _lead(settings: Settings, place: Place, ranks: Ranks) -> int:
         worker = Worker()
         worker.start()
         building = worker.submit(partial(build_engine, settings, place, ranks.store))
-        patience = STARTS_PER_STEP * settings.hung_step_seconds
+        patience = BUILD_FACTOR * settings.hung_step_seconds
         engine = _result(building, ranks, patience)
         engine.load_seconds = time.monotonic() - began
     except REFUSALS as error:

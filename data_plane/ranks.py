@@ -43,8 +43,9 @@ START_SECONDS = 600.0
 # A death makes the other ranks' collectives fail at almost the same time: whoever hears of one
 # such thing waits so long for the rest, to tell the cause from what follows from it.
 SETTLE_SECONDS = 0.25
-# Parts of a start are longer than a step: large tensors come over a network, memory is pinned.
-STARTS_PER_STEP = 10
+# Times the limit of a step, for parts of a start: large tensors come over a network, and memory is
+# pinned.
+BUILD_FACTOR = 10
 _POLL_SECONDS = 0.1
 _LOOPBACK = "127.0.0.1"
 _MEETING = "quire/links"

@@ -163,6 +163,15 @@ def test_an_engine_runs_without_graphs_where_they_cannot_be_captured(
         data_plane.capture_graphs(again, TensorGroup(0, 2))
 
 
+def test_a_start_rehearses_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures give memory back that has to be taken before anything is served."""
+    ran: list[str] = []
+    for name in ("warm_up", "capture", "rehearse"):
+        monkeypatch.setattr(Engine, name, lambda *_, name=name: ran.append(name))
+    data_plane.build_engine(Settings(kv_memory_mib=16, max_slots=4))
+    assert ran == ["warm_up", "capture", "rehearse"]
+
+
 class Asynchronous(CpuDevice):
     """A device with a gibibyte, half of which is free."""
 
@@ -236,6 +245,12 @@ def test_swap_space_pins_what_is_asked_for_and_no_more(monkeypatch: pytest.Monke
 # What needs a GPU.
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# torch's own, of its debug mode and while it compiles.
+quiet = pytest.mark.filterwarnings(
+    "ignore:Synchronization debug mode",
+    "ignore:TensorFloat32",
+    "ignore:.*torch.jit.script_method:DeprecationWarning",
+)
 
 
 def _launched_without_waiting(engine: Engine) -> Callable[..., Launched]:
@@ -253,6 +268,7 @@ def _launched_without_waiting(engine: Engine) -> Callable[..., Launched]:
 
 
 @needs_gpu
+@quiet
 @pytest.mark.parametrize("fused", [False, True], ids=["eager layers", "fused layers"])
 def test_graphs_moves_and_draws_wait_for_nothing_and_change_no_token(
     fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -287,6 +303,7 @@ def test_graphs_moves_and_draws_wait_for_nothing_and_change_no_token(
 
 
 @needs_gpu
+@quiet
 def test_torch_sees_a_step_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(tiny_model("qwen3", tmp_path), dtype="float32", device="cuda")
     forward = model.forward
