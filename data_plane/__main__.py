@@ -35,9 +35,9 @@ from data_plane.metrics.activity import Activity
 from data_plane.metrics.families import registry_of
 from data_plane.model import Model, ModelError, ModelFacts, load_model
 from data_plane.ranks import (
+    BUILD_FACTOR,
     EXIT_BAD_MODEL,
     EXIT_WORKER_FAILED,
-    BUILD_FACTOR,
     Loss,
     Place,
     RankLost,
