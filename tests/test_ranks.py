@@ -7,22 +7,35 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from rich.console import Console
+from torch.distributed.distributed_c10d import Store
 
 from control_plane.cli.engine_view import engines_view
 from control_plane.leader import LeaderState
 from control_plane.server import Replica
+from data_plane import follower
+from data_plane.engine import Engine
+from data_plane.load_progress import pulse
 from data_plane.model import load_model
 from data_plane.rank_link import SECRET_BYTES, Hello, Kind, Link, LinkEnded, listen, loopback
-from data_plane.ranks import EXIT_BAD_MODEL, EXIT_RANK_LOST, EXIT_WORKER_FAILED, Place, Ranks
+from data_plane.ranks import (
+    EXIT_BAD_MODEL,
+    EXIT_RANK_LOST,
+    EXIT_WORKER_FAILED,
+    Place,
+    Ranks,
+    join,
+)
 from protos import wire
 from protos.admin.v1 import admin_pb2, admin_pb2_grpc
 from protos.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -449,6 +462,45 @@ def test_a_rank_that_hangs_before_the_engine_serves(
         last = engine.log().splitlines()[-1]
         sentence = f"rank 1 (process {child}) does not get on: 5 s have brought nothing"
         assert last == f"cannot serve: {sentence}"
+
+
+def test_a_rank_tells_how_far_its_engine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 on a thread of this process, the other one on this thread, which takes signals."""
+    port, told, over, begun = free_port(), threading.Event(), threading.Event(), pulse.count
+    ranks, links = Ranks(), list[Link]()
+
+    def lead() -> None:
+        ranks.gather(Place(0, 2, port=port))
+        deadline = time.monotonic() + 20
+        while not told.is_set() and time.monotonic() < deadline:
+            if ranks._progress[1][0] > begun + 1:
+                told.set()
+            time.sleep(0.01)
+        over.set()
+        ranks.stop()
+
+    def build(_: Store) -> Engine:
+        while not over.wait(0.005):
+            pulse.beat()
+        return None  # type: ignore[return-value]
+
+    def joined(*given: Any) -> Link:
+        links.append(join(*given))
+        return links[0]
+
+    monkeypatch.setattr(follower, "join", joined)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    leading = threading.Thread(target=lead)
+    leading.start()
+    try:
+        assert follower.follow(Place(1, 2, port=port), build, (), 60, 5) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        leading.join()
+        for link in (*links, *ranks._links.values()):
+            link.close()
+    assert told.is_set()
 
 
 def test_of_ranks_that_do_not_get_on_the_one_behind_is_named() -> None:
