@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from tests.chart import (
     render,
     values_file,
 )
+from tests.policies import reachable, selects
 from tests.test_docs import section
 
 LAPTOP, H200 = values_file("values-laptop.yaml"), values_file("values-h200.yaml")
@@ -110,7 +112,7 @@ CASES: dict[str, Mapping[str, Any]] = {
         "networkPolicy": {
             "operatorsFrom": PEERS["operators"],
             "metricsFrom": PEERS["monitoring"],
-            "healthFrom": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}],
+            "healthFrom": [{"ipBlock": {"cidr": "192.168.0.0/16", "except": ["192.168.1.0/24"]}}],
         }
     },
     "monitoring": MONITORED,
@@ -809,90 +811,6 @@ def test_what_libraries_write_goes_into_volumes() -> None:
 
 # Who may reach whom.
 
-Port = tuple[int, str]
-PORTS: list[Port] = [
-    *itertools.product((53, 5353), ("UDP", "TCP")),
-    *((port, "TCP") for port in (6379, 7401, 7402, 7403, 7411, 7413, 9090, 9091)),
-]
-POD_NAMES = {
-    "control-plane": "control plane",
-    "data-plane": "data plane",
-    "redis": "Redis",
-    "test": "`helm test`",
-}
-# Those outside of the release: their namespace, and their pods' labels.
-OUTSIDERS: dict[str, tuple[str, dict[str, str]]] = {
-    "anyone": ("elsewhere", {}),
-    "`clientsFrom`": (NAMESPACE, {"app": "client"}),
-    "`operatorsFrom`": ("operators", {}),
-    "`metricsFrom`": ("monitoring", {}),
-    "DNS": ("kube-system", {"k8s-app": "kube-dns"}),
-}
-
-
-def selects(selector: dict[str, Any], labels: Mapping[str, str]) -> bool:
-    assert selector.keys() <= {"matchLabels"}
-    return selector.get("matchLabels", {}).items() <= labels.items()
-
-
-def admits(rules: list[Any], side: str, actor: tuple[str, dict[str, str]], port: Port) -> bool:
-    """Whether one of a policy's rules lets an actor through at a port."""
-    namespace, labels = actor
-    for rule in rules:
-        if port not in {(each["port"], each.get("protocol", "TCP")) for each in rule["ports"]}:
-            continue
-        if side not in rule:
-            return True
-        for peer in rule[side]:
-            if "ipBlock" in peer:
-                continue
-            where = {"kubernetes.io/metadata.name": namespace}
-            inside = (
-                selects(peer["namespaceSelector"], where)
-                if "namespaceSelector" in peer
-                else namespace == NAMESPACE
-            )
-            if inside and selects(peer.get("podSelector", {}), labels):
-                return True
-    return False
-
-
-def reachable(rendered: Rendered) -> set[tuple[str, str, Port]]:
-    """All (source, target, port) that the policies let through."""
-    policies = [each["spec"] for each in rendered.all("NetworkPolicy")]
-    actors = OUTSIDERS | {
-        POD_NAMES[component]: (NAMESPACE, pod["metadata"]["labels"])
-        for component, pod in rendered.pods()
-    }
-
-    def allowed(one: str, other: str, port: Port, side: str, kind: str) -> bool:
-        """Whether policies for `one` let it talk with `other`."""
-        own = [
-            policy
-            for policy in policies
-            if kind in policy["policyTypes"]
-            and actors[one][0] == NAMESPACE
-            and selects(policy["podSelector"], actors[one][1])
-        ]
-        return not own or any(
-            admits(policy.get(kind.lower(), []), side, actors[other], port) for policy in own
-        )
-
-    found = set()
-    for source, target, port in itertools.product(actors, actors, PORTS):
-        if not {source, target} & set(POD_NAMES.values()):
-            continue
-        if allowed(target, source, port, "from", "Ingress") and allowed(
-            source, target, port, "to", "Egress"
-        ):
-            found.add((source, target, port))
-    # What a stranger may, everybody may.
-    return {
-        (source, target, port)
-        for source, target, port in found
-        if source == "anyone" or ("anyone", target, port) not in found
-    }
-
 
 def test_who_may_reach_whom_is_as_documented() -> None:
     text = (ROOT / "docs" / "kubernetes.md").read_text()
@@ -915,6 +833,59 @@ def test_who_may_reach_whom_is_as_documented() -> None:
     assert reachable(render(policies)) == documented
 
 
+EVERYWHERE = [{"ipBlock": {"cidr": "0.0.0.0/0"}}]
+PRIVATE = ["10.0.0.0/8", "169.254.0.0/16"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind", "rule", "source", "target", "port"),
+    [
+        ("data-plane", "ingress", {"from": EVERYWHERE, "ports": [{"port": 7411}]},
+         "anyone", "data plane", 7411),
+        ("control-plane", "egress", {"to": EVERYWHERE, "ports": [{"port": 443}]},
+         "control plane", "the Internet", 443),
+        ("control-plane", "egress", {"ports": [{"port": 80, "endPort": 443}]},
+         "control plane", "anyone", 443),
+        ("control-plane", "egress",
+         {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": PRIVATE}}]},
+         "control plane", "the Internet", 22),
+        ("redis", "ingress", {"from": [{"namespaceSelector": {}}], "ports": [{"port": 2222}]},
+         "anyone", "Redis", 2222),
+        ("redis", "ingress", {"from": [{"ipBlock": {"cidr": "192.168.7.0/24"}}]},
+         "{'ipBlock': {'cidr': '192.168.7.0/24'}}", "Redis", 6379),
+        ("redis", "ingress", {"from": [{"podSelector": {"matchLabels": {"app": "backup"}}}]},
+         "{'podSelector': {'matchLabels': {'app': 'backup'}}}", "Redis", 6379),
+    ],
+)  # fmt: skip
+def test_no_rule_more_would_go_unnoticed(
+    policy: str, kind: str, rule: dict[str, Any], source: str, target: str, port: int
+) -> None:
+    rendered = deepcopy(case("defaults"))
+    before = reachable(rendered)
+    found = rendered.get("NetworkPolicy", f"quire-{policy}")["spec"]
+    found[kind] = [*found.get(kind, ()), rule]
+    assert (source, target, (port, "TCP")) in reachable(rendered) - before
+
+
+def test_dns_may_be_where_the_documentation_says_it_can_be() -> None:
+    def asked(values: dict[str, Any]) -> set[tuple[str, int]]:
+        """Whom the control plane may ask for names, at which ports."""
+        reached = reachable(render(values))
+        assert not [each for each in reached if each[0] == "data plane"]
+        return {
+            (target, port)
+            for source, target, (port, _) in reached
+            if source == "control plane" and port in (53, 5353)
+        }
+
+    page = section((ROOT / "docs/kubernetes.md").read_text(), "## Who may reach whom")
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    documented = asked(yaml.safe_load(example))
+    assert {"DNS", "{'ipBlock': {'cidr': '10.96.0.10/32'}}"} == {each for each, _ in documented}
+    anywhere = asked({"networkPolicy": {"dnsTo": []}})
+    assert {("the Internet", 53), ("anyone", 53), ("a node's DNS cache", 53)} <= anywhere
+
+
 def test_by_default_nobody_operates_and_an_engine_calls_nobody() -> None:
     reached = reachable(case("defaults"))
     assert not [each for each in reached if each[2][0] in (9090, 9091)]
@@ -928,7 +899,8 @@ def test_by_default_nobody_operates_and_an_engine_calls_nobody() -> None:
 
 def test_health_can_be_kept_from_others_too() -> None:
     reached = reachable(case("all policies"))
-    assert not [each for each in reached if each[2][0] in (7403, 7413)]
+    (peer,) = CASES["all policies"]["networkPolicy"]["healthFrom"]
+    assert {source for source, _, (port, _) in reached if port in (7403, 7413)} == {str(peer)}
 
 
 def test_an_external_redis_is_reached_at_its_port() -> None:
