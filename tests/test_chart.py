@@ -67,6 +67,16 @@ CASES: dict[str, Mapping[str, Any]] = {
     "load balancer": {
         "controlPlane": {"service": {"type": "LoadBalancer", "annotations": {"a.example/b": "c"}}}
     },
+    "load balancer for some": {
+        "controlPlane": {
+            "service": {
+                "type": "LoadBalancer",
+                "externalTrafficPolicy": "Local",
+                "loadBalancerClass": "example.com/inner",
+                "loadBalancerSourceRanges": ["192.0.2.0/24", "2001:db8::/32"],
+            }
+        }
+    },
     "no budgets": {
         plane: {"podDisruptionBudget": {"enabled": False}}
         for plane in ("controlPlane", "dataPlane")
@@ -416,6 +426,22 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
             "minReplicas is above maxReplicas",
         ),
         ({"dataPlane": {"settings": {"max_slots": 4096}}}, "max_step_tokens is below max_slots"),
+        (
+            {"controlPlane": {"service": {"externalTrafficPolicy": "Local"}}},
+            "set type to NodePort or LoadBalancer",
+        ),
+        (
+            {"controlPlane": {"service": {"type": "NodePort", "loadBalancerClass": "a"}}},
+            "loadBalancerClass is of use with the type LoadBalancer only",
+        ),
+        (
+            {"controlPlane": {"service": {"loadBalancerSourceRanges": ["192.0.2.0/24"]}}},
+            "loadBalancerSourceRanges is of use with the type LoadBalancer only",
+        ),
+        (
+            {"controlPlane": {"service": {"loadBalancerSourceRanges": ["192.0.2.1"]}}},
+            "does not match pattern",
+        ),
         ({"access": {"anonymousRoles": []}}, "Nobody could call"),
         ({"monitoring": {"monitors": True}}, "no policy admits Prometheus"),
     ],
@@ -1039,6 +1065,18 @@ def test_monitors_find_ports_that_there_are() -> None:
         assert ports[endpoint["port"]] == rendered.settings(component)["metrics_port"]
     for monitor in (services, pods):
         assert monitor["namespaceSelector"] == {"matchNames": [NAMESPACE]}
+
+
+def test_a_load_balancer_gets_what_is_set_and_nothing_else() -> None:
+    def service(values: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(render(values).get("Service", "quire-control-plane")["spec"])
+
+    given = CASES["load balancer for some"]["controlPlane"]["service"]
+    assert given.items() <= service(CASES["load balancer for some"]).items()
+    usual = service(CASES["load balancer"]).keys()
+    assert usual == {"type", "selector", "ports"} == service({}).keys()
+    ports = {"controlPlane": {"service": {"type": "NodePort", "externalTrafficPolicy": "Local"}}}
+    assert service(ports)["externalTrafficPolicy"] == "Local"
 
 
 def test_services_lead_to_ports_that_containers_have() -> None:
