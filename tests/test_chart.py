@@ -145,6 +145,16 @@ CASES: dict[str, Mapping[str, Any]] = {
         "controlPlane": {"settings": {"client_certificates": False}},
         "access": {"testSecret": "tester", "testKey": "bearer"},
     },
+    "more environment": {
+        plane: {
+            "extraEnv": [
+                {"name": "NCCL_DEBUG", "value": "INFO"},
+                {"name": "a", "valueFrom": {"secretKeyRef": {"name": "b", "key": "c"}}},
+                {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+            ]
+        }
+        for plane in ("controlPlane", "dataPlane")
+    },
     "names": {
         "fullnameOverride": "q",
         "serviceAccount": {"create": False, "name": "own"},
@@ -427,6 +437,20 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
         ),
         ({"dataPlane": {"settings": {"max_slots": 4096}}}, "max_step_tokens is below max_slots"),
         (
+            {"dataPlane": {"settings": {"blocks": 100}, "gpu": {"enabled": False}}},
+            "set dataPlane.kvMemoryMib, which is part of the memory request",
+        ),
+        (
+            {"controlPlane": {"extraEnv": [{"name": "QUIRE_ENGINES", "value": "a:1"}]}},
+            "controlPlane.extraEnv must not hold QUIRE_ENGINES",
+        ),
+        *(
+            ({"dataPlane": {"extraEnv": [{"name": name, "value": "1"}]}}, f"must not hold {name}")
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+        ),
+        ({"dataPlane": {"extraEnv": [{"name": "a"}]}}, "'oneOf' failed"),
+        ({"dataPlane": {"extraEnv": [{"name": "a b", "value": ""}]}}, "does not match pattern"),
+        (
             {"controlPlane": {"service": {"externalTrafficPolicy": "Local"}}},
             "set type to NodePort or LoadBalancer",
         ),
@@ -634,12 +658,49 @@ def test_memory_of_engines_counts_all_that_is_in_host_memory() -> None:
         spec = case(name).get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
         return dict(spec["containers"][0]["resources"])
 
+    assert resources("defaults")["requests"]["memory"] == f"{8192 + 1024}Mi"
     parallel = resources("tensor parallel")
-    assert parallel["requests"]["memory"] == f"{16384 + 1024 + 8 * 4096}Mi"
+    assert parallel["requests"]["memory"] == f"{8 * (8192 + 4096) + 1024}Mi"
     assert parallel["limits"]["nvidia.com/gpu"] == 8
     laptop = resources("laptop")
     assert laptop["requests"]["memory"] == f"{1280 + 64 + 32 + 64}Mi"
     assert "nvidia.com/gpu" not in laptop["limits"]
+
+
+def environment(rendered: Rendered, component: str) -> dict[str, dict[str, Any]]:
+    """A plane's variables, as its container has them."""
+    (pod,) = (pod["spec"] for each, pod in rendered.pods() if each == component)
+    variables = pod["containers"][0]["env"]
+    assert len({each["name"] for each in variables}) == len(variables)
+    return {each["name"]: each for each in variables}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "ranks", "threads"),
+    [
+        ("4", 1, 4), ("4", 8, 1), ("20", 8, 2), ("96", 1, 32), ("96", 4, 24),
+        (12.5, 1, 12), ("2500m", 1, 2), ("100m", 1, 1),
+    ],
+)  # fmt: skip
+def test_ranks_share_the_cores_to_compile_with(cpu: str | float, ranks: int, threads: int) -> None:
+    rendered = render({"dataPlane": {"cpu": cpu, "tensorParallel": ranks}})
+    found = environment(rendered, "data-plane")["TORCHINDUCTOR_COMPILE_THREADS"]
+    assert found["value"] == str(threads)
+
+
+@pytest.mark.parametrize("plane", ["controlPlane", "dataPlane"])
+def test_more_environment_leaves_the_charts_own_alone(plane: str) -> None:
+    component = {"controlPlane": "control-plane", "dataPlane": "data-plane"}[plane]
+    given = CASES["more environment"][plane]["extraEnv"]
+    usual = environment(case("defaults"), component)
+    more = environment(case("more environment"), component)
+    assert more == usual | {each["name"]: each for each in given}
+    own = {name for each in CASES if each != "more environment"
+           for name in environment(case(each), component)}  # fmt: skip
+    assert own >= usual.keys()
+    for name in own:
+        with pytest.raises(helm.HelmError, match=rf"{plane}.extraEnv must not hold {name}:"):
+            render({plane: {"extraEnv": [{"name": name, "value": "x"}]}})
 
 
 def test_the_model_is_mounted_for_reading_only() -> None:

@@ -62,8 +62,16 @@ tls_ca: /etc/quire/tls/ca.crt
 {{- define "quire.dataPlaneMemoryMib" -}}
 {{- $plane := .Values.dataPlane -}}
 {{- $blocks := ternary 0 (int ($plane.kvMemoryMib | default 512)) $plane.gpu.enabled -}}
-{{- $ofRank := add $plane.swapMemoryMib $blocks -}}
-{{- add $plane.memoryMib $plane.sharedMemoryMib (mul $plane.tensorParallel $ofRank) -}}
+{{- $ofRank := add $plane.memoryMib $plane.swapMemoryMib $blocks -}}
+{{- add $plane.sharedMemoryMib (mul $plane.tensorParallel $ofRank) -}}
+{{- end -}}
+
+{{/* How many processes each rank compiles with: its share of the cores that are asked for, and torch's 32 at
+most. torch itself would go by the node's cores, and each process takes memory. */}}
+{{- define "quire.compileThreads" -}}
+{{- $cpu := toString .Values.dataPlane.cpu -}}
+{{- $cores := ternary (divf (trimSuffix "m" $cpu) 1000) (float64 $cpu) (hasSuffix "m" $cpu) -}}
+{{- divf $cores .Values.dataPlane.tensorParallel | int | max 1 | min 32 -}}
 {{- end -}}
 
 {{/* The password of Redis's user: given, else that of the last revision, else a random one; the same
