@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import itertools
@@ -16,12 +17,17 @@ from typing import Any
 
 import helm_python as helm
 import kubernetes_validate
-import promql_parser
+import promql_parser as promql
 import pytest
 import yaml
 from kubernetes_validate import utils
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from control_plane.settings import Settings as ControlSettings
+from data_plane.engine import Engine, EngineSizes
+from data_plane.metrics.families import registry_of
+from data_plane.model import Model
 from data_plane.settings import Settings as DataSettings
 from helm.generate import OF_THE_CHART, SETTINGS, readme, schema
 from tests.api_server import api_server
@@ -37,6 +43,8 @@ from tests.chart import (
     values_file,
 )
 from tests.policies import reachable, selects
+from tests.promql import Labels, check_labels, grouped, is_of_nothing
+from tests.stack import Stack, failure, led, request, running_replica, serving_engine
 from tests.test_docs import section
 
 LAPTOP, H200 = values_file("values-laptop.yaml"), values_file("values-h200.yaml")
@@ -468,6 +476,7 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
         ),
         ({"access": {"anonymousRoles": []}}, "Nobody could call"),
         ({"monitoring": {"monitors": True}}, "no policy admits Prometheus"),
+        ({"monitoring": {"rules": True}}, "monitoring.rules needs monitoring.monitors"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused_with_a_sentence(values: dict[str, Any], sentence: str) -> None:
@@ -1038,12 +1047,41 @@ def test_the_laptops_commands_fit_together() -> None:
 # What is watched.
 
 
-def metric_names() -> set[str]:
-    """Names in the documentation's tables, with those of histograms' series."""
-    text = section((ROOT / "docs/operations.md").read_text(), "## Metrics")
-    names = set(re.findall(r"^\| `(\w+)`", text, re.M))
-    parts = {f"{name}_{part}" for name in names for part in ("bucket", "sum", "count")}
-    return names | parts
+def labels_of(registry: CollectorRegistry, target: dict[str, set[str] | None]) -> dict[str, Labels]:
+    """Each series's labels with the values that they have in a scrape, and those of its target."""
+    found: dict[str, dict[str, set[str] | None]] = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            labels = found.setdefault(sample.name, dict(target))
+            for name, value in sample.labels.items():
+                labels[name] = {value} | (labels.get(name) or set())
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def series(llama: Model) -> dict[str, Labels]:
+    """What both planes serve after a request and a refused one, with labels of their targets."""
+
+    async def scrape() -> dict[str, Labels]:
+        engine = Engine(llama, EngineSizes(16, 64, 8, 8, 256, 512))
+        async with (
+            serving_engine(engine, None) as (service, worker, port),
+            running_replica([port]) as replica,
+        ):
+            await led(replica)
+            stack = Stack(engine, worker, replica)
+            await stack.generate(request([5, 6, 7], 2))
+            await failure(stack.generate(request([], 1)))
+            await stack.channel.close()
+            await stack.admin_channel.close()
+            pod: dict[str, set[str] | None] = {"namespace": {NAMESPACE}, "pod": None}
+            control = pod | {"service": {"quire-control-plane-headless"}}
+            # There on a GPU only, without labels of its own.
+            device = {"quire_engine_device_memory_bytes": pod}
+            engines = labels_of(registry_of(engine, service), pod)
+            return device | engines | labels_of(replica.metrics.registry, control)
+
+    return asyncio.run(scrape())
 
 
 def dashboard_of(rendered: Rendered) -> tuple[str, dict[str, Any]]:
@@ -1071,32 +1109,70 @@ def test_dashboards_of_releases_do_not_replace_each_other() -> None:
     assert all(re.fullmatch("[a-z0-9-]{1,40}", dashboard["uid"]) for _, dashboard in found)
 
 
-def test_alerts_and_dashboard_use_metrics_that_there_are() -> None:
-    rendered = case("monitoring")
-    rules = rendered.get("PrometheusRule", "quire-control-plane")["spec"]["groups"][0]["rules"]
-    _, dashboard = dashboard_of(rendered)
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    expressions = [rule["expr"] for rule in rules] + queries
-    for expression in expressions:
-        used = set(re.findall(r"\bquire_\w+", expression))
-        assert used and used <= metric_names(), expression
-        # Grafana puts a duration and a name for its variables before it asks.
-        asked = expression.replace("$__rate_interval", "5m").replace("$__range", "1h")
-        promql_parser.parse(asked)
+# What Grafana puts in before it asks.
+VARIABLES = {
+    "$__rate_interval": "5m",
+    "$__range": "1h",
+    "$namespace": NAMESPACE,
+    "$service": "quire-control-plane-headless",
+}
+
+
+def asked(query: str) -> str:
+    """A query as Grafana asks it."""
+    return re.sub(r"\$\w+", lambda found: VARIABLES[found[0]], query)
+
+
+def alerts() -> list[dict[str, Any]]:
+    rule = case("monitoring").get("PrometheusRule", "quire-control-plane")
+    return list(rule["spec"]["groups"][0]["rules"])
+
+
+def test_alerts_and_dashboard_use_metrics_and_labels_that_there_are(
+    series: dict[str, Labels],
+) -> None:
+    _, dashboard = dashboard_of(case("monitoring"))
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    queries = [asked(target["expr"]) for target in targets]
+    for expression in [rule["expr"] for rule in alerts()] + queries:
+        assert "quire_" in expression
+        check_labels(expression, series)
         # What begins anew with a process is only good for its rate, and nothing else has one.
         counted = re.findall(r"(?:rate|increase|resets)\((quire_\w+)", expression)
         assert all(re.search("_(total|bucket|sum|count)$", name) for name in counted), expression
-    for rule in rules:
-        assert re.fullmatch(r"\d+[smh]", rule.get("for", "0s")) and rule["annotations"]["summary"]
-    assert {rule["alert"] for rule in rules} == {
+    for target, query in zip(targets, queries, strict=True):
+        assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= grouped(query)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 8
+    variables = {each["name"]: each for each in dashboard["templating"]["list"]}
+    assert variables.keys() == {"datasource", "namespace", "service"}
+    for name in ("namespace", "service"):
+        query = asked(variables[name]["definition"])
+        assert asked(variables[name]["query"]["query"]) == query
+        found = re.fullmatch(r"label_values\((.+), (\w+)\)", query)
+        assert found
+        check_labels(f"count by ({found[2]}) ({found[1]})", series)
+
+
+def test_alerts_say_what_they_are_about_and_fire_where_nothing_is_led() -> None:
+    found = {rule["alert"]: rule for rule in alerts()}
+    assert list(found) == [
         "QuireNoEngineLed",
         "QuireEngineNotLed",
         "QuireIndexDown",
         "QuirePreemptionsHigh",
         "QuireQueueLong",
         "QuireEngineFlapping",
-    }
-    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 8
+    ]
+    for rule in found.values():
+        assert re.fullmatch(r"\d+[smh]", rule.get("for", "0s")) and rule["annotations"]["summary"]
+        told = set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
+        assert told <= grouped(rule["expr"])
+        # Of other releases they know nothing.
+        for label in (f'namespace="{NAMESPACE}"', 'service="quire-control-plane-headless"'):
+            assert rule["expr"].count(label) == rule["expr"].count("{")
+    # A count of nothing is nothing, and not less than one.
+    silent = {name for name, rule in found.items() if is_of_nothing(promql.parse(rule["expr"]))}
+    assert set(found) - silent == {"QuireNoEngineLed", "QuireEngineNotLed"}
 
 
 def test_monitors_find_ports_that_there_are() -> None:
