@@ -322,7 +322,10 @@ def test_selectors_select_what_they_are_for(name: str) -> None:
     [
         ("serving.v1.2", {}, "serving-v1-2-quire"),
         ("quire.v1", {}, "quire-v1"),
-        ("x" * 39 + ".quire", {}, "x" * 39),
+        ("x" * 33 + ".quire", {}, "x" * 33 + "-quire"),
+        ("x" * 32 + "..quire", {}, "x" * 32 + "--quire"),
+        ("x" * 39 + ".quire", {}, "x" * 33 + "-8bd30c"),
+        ("x" * 32 + ".long.quire", {}, "x" * 32 + "--b15411"),
         ("1st", {"fullnameOverride": "first"}, "first"),
         ("one", {"nameOverride": "engines"}, "one-engines"),
     ],
@@ -336,6 +339,15 @@ def test_names_are_what_services_may_be_called(
         assert re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", manifest["metadata"]["name"])
     with pytest.raises(helm.HelmError, match=r"begins with a digit.*fullnameOverride"):
         render(name="1st")
+
+
+def test_releases_with_long_names_do_not_take_each_others() -> None:
+    names = [f"team-of-research-the-llama-3-1-instruct-{size}b" for size in ("70", "8")]
+    found = [
+        {(each["kind"], each["metadata"]["name"]) for each in render(name=name).objects}
+        for name in names
+    ]
+    assert found[0].isdisjoint(found[1])
 
 
 def test_long_names_stay_within_what_kubernetes_takes() -> None:
@@ -474,7 +486,19 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
             {"controlPlane": {"service": {"loadBalancerSourceRanges": ["192.0.2.1"]}}},
             "does not match pattern",
         ),
+        *(
+            (
+                {"controlPlane": {"autoscaling": {"enabled": True}, "resources": resources}},
+                "set controlPlane.resources.requests.cpu",
+            )
+            for resources in (
+                {"requests": None},
+                {"requests": {"cpu": None}},
+                {"requests": {"cpu": "0m"}},
+            )
+        ),
         ({"access": {"anonymousRoles": []}}, "Nobody could call"),
+        ({"access": {"anonymousRoles": ["read", "write"]}}, "Nobody could call"),
         ({"monitoring": {"monitors": True}}, "no policy admits Prometheus"),
         ({"monitoring": {"rules": True}}, "monitoring.rules needs monitoring.monitors"),
     ],
@@ -647,6 +671,28 @@ def test_helm_test_shows_what_it_is_given() -> None:
     assert (tls["secretName"], [item["key"] for item in tls["items"]]) == ("a", ["ca.crt"])
 
 
+def test_helm_test_is_left_out_where_it_could_not_generate() -> None:
+    def tests(*values: Mapping[str, Any]) -> list[str]:
+        rendered = render({"access": {"existingSecret": "callers", "anonymousRoles": []}}, *values)
+        commanded = "\n  helm test " in rendered.notes
+        assert commanded != ("There is no `helm test`" in rendered.notes)
+        found = [component for component, _ in rendered.pods() if component == "test"]
+        assert commanded == bool(found)
+        return found
+
+    assert not tests()
+    assert not tests({"access": {"anonymousRoles": ["read"]}})
+    for values in (
+        {"access": {"testSecret": "tester"}},
+        {"access": {"anonymousRoles": ["generate"]}},
+        CASES["tls of secrets"],
+        CASES["tls of cert-manager"],
+    ):
+        assert tests(values)
+    without = CASES["callers without certificates"] | {"access": {"testSecret": ""}}
+    assert not tests(without)
+
+
 def test_redis_lets_hints_give_way_and_keeps_nothing_on_disk() -> None:
     lines = case("laptop").get("ConfigMap", "quire-redis")["data"]["redis.conf"].splitlines()
     said = dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
@@ -790,25 +836,41 @@ def test_redis_knows_the_password_by_its_digest_alone() -> None:
     assert case("defaults").settings("control-plane")["index_namespace"] == f"{NAMESPACE}.{NAME}"
 
 
-def test_redis_password_is_kept_over_upgrades() -> None:
-    def installed(secrets: dict[str, dict[str, str]]) -> dict[str, str]:
-        """The secret as Helm would apply it to a cluster that has these."""
-        with (
-            api_server(secrets, NAMESPACE, NAME) as kubeconfig,
-            helm.Config(
-                kubeconfig_content=kubeconfig, namespace=NAMESPACE, storage_driver="memory"
-            ) as config,
-        ):
-            release = config.install(chart(), NAME, {}, dry_run="server", namespace=NAMESPACE)
-        (secret,) = (
-            each
-            for each in yaml.safe_load_all(release["manifest"])
-            if each and each["kind"] == "Secret"
-        )
-        return dict(secret["stringData"])
+def installed(
+    values: Mapping[str, Any],
+    secrets: Mapping[str, dict[str, str]] | None = None,
+    replicas: Mapping[str, int] | None = None,
+) -> Rendered:
+    """What Helm would apply to a cluster that has these of the release."""
+    with (
+        api_server(secrets or {}, NAMESPACE, NAME, replicas or {}) as kubeconfig,
+        helm.Config(
+            kubeconfig_content=kubeconfig, namespace=NAMESPACE, storage_driver="memory"
+        ) as config,
+    ):
+        release = config.install(chart(), NAME, dict(values), dry_run="server", namespace=NAMESPACE)
+    objects = [each for each in yaml.safe_load_all(release["manifest"]) if each]
+    return Rendered(objects, "")
 
-    first = installed({})
-    again = installed({"quire-redis": {"password": first["password"]}})
+
+def test_autoscaling_is_turned_on_without_taking_replicas_away() -> None:
+    def replicas(values: Mapping[str, Any], before: dict[str, int]) -> int | None:
+        deployment = installed(values, replicas=before).get("Deployment", "quire-control-plane")
+        return deployment["spec"].get("replicas")
+
+    scaled = CASES["autoscaling"]
+    assert replicas(scaled, {"quire-control-plane": 5}) == 5
+    # Nothing runs yet, and it is the autoscaler's to say how much shall.
+    assert replicas(scaled, {}) is None
+    assert replicas({}, {"quire-control-plane": 5}) == 2
+
+
+def test_redis_password_is_kept_over_upgrades() -> None:
+    def secret(known: dict[str, dict[str, str]]) -> dict[str, str]:
+        return dict(installed({}, secrets=known).get("Secret", "quire-redis")["stringData"])
+
+    first = secret({})
+    again = secret({"quire-redis": {"password": first["password"]}})
     assert again == first and len(first["password"]) == 32
 
 
