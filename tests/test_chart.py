@@ -9,6 +9,8 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from fnmatch import fnmatch
@@ -949,20 +951,50 @@ def test_pods_run_as_the_values_say() -> None:
         assert not pod["spec"]["securityContext"].keys() & {"runAsUser", "runAsGroup", "fsGroup"}
 
 
-def test_what_libraries_write_goes_into_volumes() -> None:
-    pod = case("defaults").get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
+# Asks libraries where they would write and how they would compile.
+ASKED = """
+import getpass, json, os, tempfile
+import huggingface_hub.constants, torch.hub, triton.knobs
+from torch._inductor import config
+from torch._inductor.runtime.runtime_utils import cache_dir
+from transformers.utils import hub
+places = {
+    "home": os.path.expanduser("~"),
+    "temporary": tempfile.gettempdir(),
+    "inductor": cache_dir(),
+    "triton": triton.knobs.cache.dir,
+    "torch.hub": torch.hub.get_dir(),
+    "huggingface_hub": huggingface_hub.constants.HF_HUB_CACHE,
+    "transformers": hub.HF_MODULES_CACHE,
+    "cuda": os.environ["CUDA_CACHE_PATH"],
+}
+print(json.dumps([places, config.compile_threads, getpass.getuser(), hub.is_offline_mode()]))
+"""
+
+
+def test_what_libraries_write_goes_into_volumes(tmp_path: Path) -> None:
+    rendered = render({"dataPlane": {"cpu": "7"}})
+    pod = rendered.get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    writable = [
+    writable = {
         mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")
-    ]
-    assert set(writable) == {"/tmp", "/cache", "/dev/shm"}
-    directories = {
-        each["name"]: each["value"]
-        for each in container["env"]
-        if each.get("value", "").startswith("/") and each["name"] != "QUIRE_CONFIG"
     }
-    assert {"HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"} <= directories.keys()
-    assert all(value.startswith("/cache") for value in directories.values())
+    assert writable == {"/tmp", "/cache", "/dev/shm"}
+    variables = {
+        name: each["value"].replace("/cache", str(tmp_path))
+        for name, each in environment(rendered, "data-plane").items()
+        if "value" in each
+    }
+    command = [sys.executable, "-c", ASKED]
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    places, threads, user, offline = json.loads(done.stdout)
+    # What is compiled is worth a claim.
+    elsewhere = {name for name, place in places.items() if not place.startswith(str(tmp_path))}
+    assert elsewhere == {"temporary"} and places["temporary"] == "/tmp"
+    assert (threads, user, offline) == (7, "quire", True)
     (shared,) = (each for each in pod["volumes"] if each["name"] == "shared-memory")
     assert shared["emptyDir"]["medium"] == "Memory"
 
