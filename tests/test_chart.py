@@ -41,6 +41,7 @@ from tests.chart import (
     Manifest,
     Rendered,
     chart,
+    merged,
     render,
     values_file,
 )
@@ -174,49 +175,77 @@ CASES: dict[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 # Kinds of other projects, without schemas here: their groups, what they must have, and which keys
-# they may have at any depth, below which None stands for anything.
+# they may have at any depth, with which values: a mapping in braces, where ANY stands for all keys;
+# a list in brackets; a text of a pattern or of a set; or a type. None stands for anything.
 KEYS = dict[str, Any]
-SCRAPED: KEYS = dict.fromkeys(("port", "interval", "path", "scheme"))
-WATCHED: KEYS = {"selector": {"matchLabels": None}, "namespaceSelector": {"matchNames": None}}
+ANY = "*"
+GO_DURATION = re.compile(r"(\d+(\.\d+)?(h|m|s|ms))+")
+PROMETHEUS_DURATION = re.compile(r"(?=\d)(\d+y)?(\d+w)?(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?")
+SCRAPED: KEYS = {
+    "port": str,
+    "interval": PROMETHEUS_DURATION,
+    "path": str,
+    "scheme": {"http", "https"},
+}
+WATCHED: KEYS = {
+    "selector": {"matchLabels": {ANY: str}},
+    "namespaceSelector": {"matchNames": [str]},
+}
+# cert-manager's names of them.
+USAGES = {"digital signature", "server auth", "client auth"}
 CUSTOM: dict[str, tuple[str, set[str], KEYS]] = {
-    "Issuer": ("cert-manager.io/v1", set(), {"selfSigned": {}, "ca": {"secretName": None}}),
+    "Issuer": ("cert-manager.io/v1", set(), {"selfSigned": {}, "ca": {"secretName": str}}),
     "Certificate": (
         "cert-manager.io/v1",
         {"secretName", "issuerRef"},
-        dict.fromkeys(("secretName", "dnsNames", "ipAddresses", "usages", "isCA", "commonName"))
-        | dict.fromkeys(("duration", "renewBefore"))
-        | {
-            "issuerRef": dict.fromkeys(("name", "kind", "group")),
-            "privateKey": dict.fromkeys(("algorithm", "size", "rotationPolicy")),
+        {
+            "secretName": str,
+            "dnsNames": [str],
+            "ipAddresses": [str],
+            "usages": [USAGES],
+            "isCA": bool,
+            "commonName": str,
+            "duration": GO_DURATION,
+            "renewBefore": GO_DURATION,
+            "issuerRef": {"name": str, "kind": {"Issuer", "ClusterIssuer"}, "group": str},
+            "privateKey": {
+                "algorithm": {"RSA", "ECDSA", "Ed25519"},
+                "size": int,
+                "rotationPolicy": {"Always", "Never"},
+            },
         },
     ),
     "ServiceMonitor": (
         "monitoring.coreos.com/v1",
         {"selector", "endpoints"},
-        WATCHED | {"endpoints": SCRAPED},
+        WATCHED | {"endpoints": [SCRAPED]},
     ),
     "PodMonitor": (
         "monitoring.coreos.com/v1",
         {"selector", "podMetricsEndpoints"},
-        WATCHED | {"podMetricsEndpoints": SCRAPED},
+        WATCHED | {"podMetricsEndpoints": [SCRAPED]},
     ),
     "PrometheusRule": (
         "monitoring.coreos.com/v1",
         {"groups"},
         {
-            "groups": {
-                "name": None,
-                "rules": dict.fromkeys(("alert", "expr", "for"))
-                | {
-                    "labels": {"severity": None},
-                    "annotations": dict.fromkeys(("summary", "description")),
-                },
-            }
+            "groups": [
+                {
+                    "name": str,
+                    "rules": [
+                        {
+                            "alert": str,
+                            "expr": str,
+                            "for": PROMETHEUS_DURATION,
+                            "labels": {"severity": {"critical", "warning"}},
+                            "annotations": {"summary": str, "description": str},
+                        }
+                    ],
+                }
+            ],
         },
     ),
 }
-# cert-manager's names of them.
-USAGES = {"digital signature", "server auth", "client auth"}
 # The first that the chart allows, and the last five.
 VERSIONS = ["1.30", *dict.fromkeys(map(utils.major_minor, utils.all_versions()[-10:]))]
 
@@ -259,16 +288,23 @@ def test_manifests_are_valid_for_every_version(name: str, monkeypatch: pytest.Mo
 SCHEMAS = functools.cache(utils.schema_contents)
 
 
-def unknown(part: Any, keys: KEYS | None) -> Iterator[str]:
-    """Keys at any depth that are not among those."""
-    if keys is None:
-        return
-    for each in part if isinstance(part, list) else [part]:
-        for key, value in each.items():
-            if key in keys:
-                yield from unknown(value, keys[key])
+def unknown(part: Any, kind: Any) -> Iterator[str]:
+    """What of a part, at any depth, is no key that may be there, or no value as it must be."""
+    if isinstance(kind, dict) and isinstance(part, dict):
+        for key, value in part.items():
+            if key in kind or ANY in kind:
+                yield from unknown(value, kind.get(key, kind.get(ANY)))
             else:
                 yield key
+    elif isinstance(kind, list) and isinstance(part, list):
+        for each in part:
+            yield from unknown(each, kind[0])
+    elif isinstance(kind, re.Pattern) and isinstance(part, str):
+        yield from () if kind.fullmatch(part) else (part,)
+    elif isinstance(kind, set):
+        yield from () if part in kind else (part,)
+    elif kind is not None and type(part) is not kind:
+        yield repr(part)
 
 
 @every_case
@@ -350,6 +386,19 @@ def test_releases_with_long_names_do_not_take_each_others() -> None:
         for name in names
     ]
     assert found[0].isdisjoint(found[1])
+
+
+def test_names_that_yaml_takes_for_something_else_stay_texts() -> None:
+    values = merged(MONITORED, {"fullnameOverride": "on", "nameOverride": "1"})
+    for manifest in render(values, name="123", namespace="456").objects:
+        assert manifest["metadata"]["namespace"] == "456"
+        labels = manifest["metadata"]["labels"]
+        assert labels["app.kubernetes.io/instance"] == "123"
+        assert labels["app.kubernetes.io/name"] == "1"
+        if manifest["kind"] not in CUSTOM:
+            kubernetes_validate.validate(manifest, VERSIONS[0], strict=True)
+        else:
+            assert set(unknown(manifest["spec"], CUSTOM[manifest["kind"]][2])) == set()
 
 
 def test_long_names_stay_within_what_kubernetes_takes() -> None:

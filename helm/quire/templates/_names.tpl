@@ -22,8 +22,8 @@ that differ at their end only would take each other's names. */}}
 {{/* What selects a component's pods. Takes a list: root, component. */}}
 {{- define "quire.selector" -}}
 {{- $root := first . -}}
-app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride }}
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride | quote }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ last . }}
 {{- end -}}
 
@@ -54,7 +54,7 @@ again takes long. Takes a list: root, component. */}}
 {{- $root := first . -}}
 {{- $component := index . 1 -}}
 name: {{ include "quire.fullname" $root }}-{{ $component }}{{ with slice . 2 }}-{{ first . }}{{ end }}
-namespace: {{ $root.Release.Namespace }}
+namespace: {{ $root.Release.Namespace | quote }}
 labels:
   {{- include "quire.labels" (list $root $component) | nindent 2 }}
 {{- end -}}

@@ -6,7 +6,7 @@
 {{/* What all pods have in common, for "restricted". Takes a dict: root, component (its values, or an
 empty dict), user, group. */}}
 {{- define "quire.pod" -}}
-serviceAccountName: {{ include "quire.serviceAccountName" .root }}
+serviceAccountName: {{ include "quire.serviceAccountName" .root | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 securityContext:
