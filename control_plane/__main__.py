@@ -11,6 +11,7 @@ from pydantic_settings import CliApp
 from control_plane.prefixes.file import BadPrefixesFile
 from control_plane.server import serve
 from control_plane.settings import Settings
+from control_plane.traces import BadTraces
 from protos.logs import configure
 
 
@@ -27,6 +28,9 @@ def main() -> int:
         uvloop.run(serve(settings))
     except BadPrefixesFile as error:
         print(f"setting prefixes: {error}", file=sys.stderr)
+        return 2
+    except BadTraces as error:
+        print(f"setting traces_endpoint: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -50,6 +50,7 @@ class AdminPeers:
     def __init__(self, router: Router, tls: wire.Tls | None) -> None:
         self._router, self._tls = router, tls
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._certificate = wire.version(tls)
         # Those that did not answer when they were asked last.
         self._told: set[str] = set()
 
@@ -190,9 +191,11 @@ class AdminPeers:
 
     def _stub(self, address: str) -> Any:
         """Raises RpcError: it has told no engine where its admin API is."""
-        known = dict(self._admins())
-        for gone in [each for each in self._channels if each not in known]:
-            # Nobody is asked there any more; calls in progress hold the channel until they end.
+        known, renewed = dict(self._admins()), wire.is_outdated(self._tls, self._certificate)
+        if renewed:
+            self._certificate = wire.version(self._tls)
+        for gone in [each for each in self._channels if renewed or each not in known]:
+            # It is not used any more. Calls in progress end as if it were.
             del self._channels[gone]
         if not known.get(address):
             raise self._silent(address, "it does not say where its admin API is")

@@ -245,6 +245,8 @@ class Client:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            if self._connection.outdated:
+                self._connect_anew(self._connection)
             async with self._connection.used() as connection:
                 stub = connection.stub
                 call = stub.Generate(progress.resume(), timeout=left, metadata=self._metadata)
@@ -301,9 +303,10 @@ class Client:
             raise CallError.of(error, self.address) from None
 
     def _connect_anew(self, left: _Connection) -> None:
-        """Leaves a replica that ends, for what else is behind the address.
+        """Makes another connection, for calls from now on.
 
-        A connection stays where it was made, and that replica answers everything that it refuses.
+        To leave a replica that ends: a connection stays where it was made, and everything is
+        refused there. Or because of a certificate that was renewed.
         """
         if left is self._connection:
             left.left = True
@@ -322,6 +325,12 @@ class _Connection:
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.left = False
         self._calls = 0
+        self._tls, self._certificate = tls, wire.version(tls)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the certificate has been renewed since."""
+        return wire.is_outdated(self._tls, self._certificate)
 
     @asynccontextmanager
     async def used(self) -> AsyncGenerator[_Connection]:

@@ -84,14 +84,26 @@ class EngineLink:
     """One engine's address. Channels reconnect by themselves; calls raise LinkLost."""
 
     def __init__(self, address: str, tls: wire.Tls | None = None) -> None:
-        self.address = address
-        self._channel = wire.channel(address, tls)
+        self.address, self._tls = address, tls
+        self._open()
+
+    def _open(self) -> None:
+        self._certificate = wire.version(self._tls)
+        self._channel = wire.channel(self.address, self._tls)
         self._stub = engine_pb2_grpc.EngineServiceStub(self._channel)
 
     async def close(self) -> None:
         await self._channel.close()
 
     async def describe(self) -> EngineFacts:
+        """Asks the engine what it is; before each attempt to lead it, when no stream is open.
+
+        Raises:
+            LinkLost: it cannot be reached.
+        """
+        if wire.is_outdated(self._tls, self._certificate):
+            await self._channel.close()
+            self._open()
         try:
             answer = await self._stub.Describe(engine_pb2.DescribeRequest(), timeout=5)
         except grpc.aio.AioRpcError as error:

@@ -38,6 +38,7 @@ from control_plane.request import FinishReason, Request, pool_room
 from control_plane.router import AmbiguousModel, NoEngine, Router, UnknownModel
 from control_plane.scheduler import NeverFits
 from control_plane.step_loop import StepLoop
+from control_plane.traces import CallTrace, Traces
 from control_plane.utf8 import find_invalid_utf8
 from control_plane.wait_queue import QueueFull
 from protos import validation, wire
@@ -83,6 +84,8 @@ class Frontend:
         orphan_grace_seconds: for clients to come back whose calls another replica passed on.
         tenant_of: whose prefix cache a call uses, from its authenticated peer.
         shared_prefix: the registered prefix that a prompt begins with.
+        traces: of its calls; none: they are not traced.
+        max_calls: Generate calls that are open at once, relayed ones included, at most.
     """
 
     def __init__(
@@ -95,46 +98,42 @@ class Frontend:
         orphan_grace_seconds: float = 30.0,
         tenant_of: Callable[[wire.Context], str] = lambda _: "",
         shared_prefix: Callable[[list[int], EngineFacts], SharedPrefix] = lambda _, __: NOT_SHARED,
+        traces: Traces | None = None,
+        max_calls: int = 16384,
     ) -> None:
         self._router, self._generations = router, generations
         self._metrics, self._relay, self._tenant_of = metrics, relay, tenant_of
-        self._shared_prefix = shared_prefix
+        self._shared_prefix, self._traces = shared_prefix, traces or Traces()
         self._max_waiting_seconds = max_waiting_seconds or math.inf
         self._orphans = Orphans(orphan_grace_seconds, self._abandon)
+        self._max_calls, self._calls = max_calls, 0
         self.draining = False
 
     async def Generate(
         self, message: pb.GenerateRequest | Unreadable, context: wire.Context
     ) -> None:
         arrived, request_id = time.monotonic(), _request_id(message)
-        try:
-            if isinstance(message, Unreadable):
-                raise message.error
-            tenant = self._tenant_of(context)
-            # Settled before anything is tried: a second attempt is to find the first one's.
-            message.request_id = message.request_id or request_id
-            if is_relayed(context):
-                await self._serve(tenant, arrived, message, context.write, relayed=True)
-                return
-            serve = partial(self._serve, tenant, arrived)
-            if self.draining:
-                sentence = "this replica is draining"
-                raise wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", sentence)
-            limit = self._waiting_limit(message)
-            await self._relay.generate(message, context, tenant, serve, limit)
-        except WaitedTooLong as late:
-            await self._reject(self._expired(None, late), request_id, context)
-        except wire.RpcError as error:
-            await self._reject(error, request_id, context)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except Exception as error:
-            reference = uuid.uuid4().hex[:12]
-            fields = {"request_id": request_id, "reference": reference}
-            fields["exception"] = without_values(error)
-            log.error("error %s in request %s", reference, request_id, extra=fields)
-            self._metrics.counters.rejected[grpc.StatusCode.INTERNAL.name] += 1
-            await context.abort(grpc.StatusCode.INTERNAL, f"internal error {reference}")
+        with self._traces.call(context, request_id, arrived) as trace:
+            self._calls += 1
+            try:
+                if self._calls > self._max_calls:
+                    sentence = f"{self._max_calls} calls are open at this replica"
+                    raise wire.overloaded(sentence, UNKNOWN, "TOO_MANY_CALLS")
+                if isinstance(message, Unreadable):
+                    raise message.error
+                # Settled before anything is tried: a second attempt is to find the first one's.
+                message.request_id = message.request_id or request_id
+                await self._answer(message, context, arrived, trace)
+            except WaitedTooLong as late:
+                await self._reject(self._expired(None, late), request_id, context, trace)
+            except wire.RpcError as error:
+                await self._reject(error, request_id, context, trace)
+            except (asyncio.CancelledError, grpc.aio.AbortError):
+                raise
+            except Exception as error:
+                await self._break_down(error, request_id, context, trace)
+            finally:
+                self._calls -= 1
 
     async def Cancel(self, message: pb.CancelRequest, context: wire.Context) -> pb.CancelResponse:
         try:
@@ -151,13 +150,44 @@ class Frontend:
             await wire.abort(context, error)
         return pb.CancelResponse()
 
-    async def _reject(self, error: wire.RpcError, request_id: str, context: wire.Context) -> None:
+    async def _answer(
+        self, message: pb.GenerateRequest, context: wire.Context, arrived: float, trace: CallTrace
+    ) -> None:
+        """Answers a request, here or at the leader of its engine."""
+        tenant = self._tenant_of(context)
+        trace.asked(message, tenant)
+        serve = partial(self._serve, trace, tenant, arrived)
+        if is_relayed(context):
+            await serve(message, context.write, relayed=True)
+            return
+        if self.draining:
+            sentence = "this replica is draining"
+            raise wire.failed(grpc.StatusCode.UNAVAILABLE, "DRAINING", sentence)
+        limit = self._waiting_limit(message)
+        await self._relay.generate(message, context, tenant, serve, limit, trace)
+
+    async def _reject(
+        self, error: wire.RpcError, request_id: str, context: wire.Context, trace: CallTrace
+    ) -> None:
         self._metrics.counters.rejected[error.code.name] += 1
         # Not its sentence, which may quote what the client sent.
         why = ", ".join(wire.reasons(error.details))
         fields = {"request_id": request_id, "code": error.code.name, "reason": why}
         log.info("request %s refused: %s %s", request_id, error.code.name, why, extra=fields)
+        trace.refused(error.code.name, why)
         await wire.abort(context, error)
+
+    async def _break_down(
+        self, error: Exception, request_id: str, context: wire.Context, trace: CallTrace
+    ) -> None:
+        """Answers with a reference to what the log has of an exception that nobody foresaw."""
+        code, reference = grpc.StatusCode.INTERNAL, uuid.uuid4().hex[:12]
+        fields = {"request_id": request_id, "reference": reference}
+        fields["exception"] = without_values(error)
+        log.error("error %s in request %s", reference, request_id, extra=fields)
+        self._metrics.counters.rejected[code.name] += 1
+        trace.refused(code.name, reference)
+        await context.abort(code, f"internal error {reference}")
 
     def _cancel(self, tenant: str, end: Callable[[Generation], None], request_id: str) -> None:
         generation = self._generations.running((tenant, request_id))
@@ -168,6 +198,7 @@ class Frontend:
 
     async def _serve(
         self,
+        trace: CallTrace,
         tenant: str,
         arrived: float,
         message: pb.GenerateRequest,
@@ -185,6 +216,7 @@ class Frontend:
         """
         try:
             generation = await self._generation(message, tenant, arrived)
+            trace.answered_by(generation)
             received = list(message.received_token_counts) or [0] * len(generation.samples)
             await self._stream(generation, received, write, relayed=relayed)
         except Detached as detached:

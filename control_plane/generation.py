@@ -112,7 +112,8 @@ class Generation:
         model: whose request it is.
         forecast: None where nobody has made one.
         counted: somebody sent it; else it is the control plane's own.
-        arrived_at, first_token_at: seconds, monotonic; None: not yet, or not at this replica.
+        arrived_at, admitted_at, first_token_at, ended_at: seconds, monotonic; None: not yet, or not
+            at this replica.
     """
 
     def __init__(
@@ -133,7 +134,9 @@ class Generation:
         self.engine_id = self.model = ""
         self.forecast: Forecast | None = None
         self.arrived_at: float | None = None
+        self.admitted_at: float | None = None
         self.first_token_at: float | None = None
+        self.ended_at: float | None = None
         self.cached_tokens = 0
         self.accepted = False
         self.counted = True

@@ -35,7 +35,8 @@ class Peer:
     """
 
     def __init__(self, address: str, tls: wire.Tls | None) -> None:
-        self.address = address
+        self.address, self._tls = address, tls
+        self._certificate = wire.version(tls)
         self.answers: bool | None = None
         self.left = False
         self.led_at = time.monotonic()
@@ -55,6 +56,11 @@ class Peer:
         self._told: set[grpc.StatusCode] = set()
         self._told_denial = False
         self._watching = asyncio.create_task(self._watch())
+
+    @property
+    def outdated(self) -> bool:
+        """Whether its connections would be made with a certificate that was renewed since."""
+        return wire.is_outdated(self._tls, self._certificate)
 
     async def _watch(self) -> None:
         """Keeps the connection, and finds out whether relayed calls would be answered."""

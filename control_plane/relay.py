@@ -27,6 +27,7 @@ from control_plane.overload import UNKNOWN
 from control_plane.peer import LEFT_SECONDS, WATCH_SECONDS, Peer
 from control_plane.progress import Progress
 from control_plane.router import HERE, Router
+from control_plane.traces import UNTRACED, CallTrace
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
 
@@ -84,6 +85,8 @@ class Relay:
     def __init__(self, router: Router, tls: wire.Tls | None, most_waiting: int) -> None:
         self._router, self._tls, self._most_waiting = router, tls, most_waiting
         self._peers: dict[str, Peer] = {}
+        # With a certificate of before, until what was passed on to them has ended.
+        self._outdated: set[Peer] = set()
         self._adrift = _Adrift()
         # What leaders are told of clients that have gone.
         self._farewells: set[asyncio.Task[None]] = set()
@@ -108,9 +111,15 @@ class Relay:
                         # If it is alive it has ended its streams; if not, nobody else will.
                         del self._peers[peer.address]
                         await peer.close()
+                    elif peer.outdated:
+                        self._outdated.add(self._peers.pop(peer.address))
+                for peer in [each for each in self._outdated if not each.calls]:
+                    self._outdated.remove(peer)
+                    await peer.close()
                 await asyncio.sleep(WATCH_SECONDS)
         finally:
-            peers, self._peers = list(self._peers.values()), {}
+            peers = [*self._peers.values(), *self._outdated]
+            self._peers, self._outdated = {}, set()
             await asyncio.gather(*(peer.close() for peer in peers))
 
     def _peer(self, address: str) -> Peer:
@@ -127,6 +136,7 @@ class Relay:
         tenant: str,
         local: Local,
         waiting_limit: float = math.inf,
+        trace: CallTrace = UNTRACED,
     ) -> None:
         """Answers a client's call, here or at the leader, until it is done.
 
@@ -137,7 +147,7 @@ class Relay:
             RpcError: it is refused, or nobody has answered it for some time.
             WaitedTooLong: no engine has taken it in time.
         """
-        call = _Call(message, context, tenant, waiting_limit)
+        call = _Call(message, context, tenant, waiting_limit, trace)
         self.running += 1
         try:
             async with call.timeout:
@@ -267,10 +277,12 @@ class Relay:
         """
         peer, progress, context = self._peer(address), call.progress, call.context
         call.peer = peer
+        call.trace.passed_on(address)
+        metadata = relay_metadata(context, call.tenant) + call.trace.carried(context)
         stream = peer.generate(
             progress.resume(),
             timeout=context.time_remaining(),
-            metadata=relay_metadata(context, call.tenant),
+            metadata=metadata,
         )
         peer.calls.add(stream)
         try:
@@ -357,9 +369,15 @@ class _Call:
     """
 
     def __init__(
-        self, message: pb.GenerateRequest, context: wire.Context, tenant: str, waiting_limit: float
+        self,
+        message: pb.GenerateRequest,
+        context: wire.Context,
+        tenant: str,
+        waiting_limit: float,
+        trace: CallTrace,
     ) -> None:
         self.model, self.context, self.tenant = message.model, context, tenant
+        self.trace = trace
         self.progress = Progress(message)
         self.patience = _Patience(self.progress)
         self.key: Key = tenant, self.progress.request_id

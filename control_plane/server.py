@@ -32,6 +32,7 @@ from control_plane.relay import Relay
 from control_plane.router import Router
 from control_plane.settings import Settings
 from control_plane.step_loop import LeaderSettings
+from control_plane.traces import open_traces
 from protos import wire
 from protos.admin.v1 import admin_pb2_grpc
 
@@ -67,6 +68,9 @@ class Replica:
         self.keeper = PrefixKeeper(self.registered, self.router.leaders, self.generations)
         self.relay = Relay(self.router, settings.peer_tls, settings.max_waiting_requests)
         self.admin_peers = AdminPeers(self.router, settings.peer_tls)
+        self.traces = open_traces(
+            settings.traces_endpoint, settings.traces_share, settings.own_address
+        )
         self.frontend = frontend.Frontend(
             self.router,
             self.generations,
@@ -76,6 +80,8 @@ class Replica:
             settings.orphan_grace_seconds,
             tenant_of,
             self.registered.match,
+            self.traces,
+            settings.max_calls,
         )
         self.access = Access(settings.access, anonymous_roles(settings.anonymous_roles))
         guard = Authorisation(self.access, reflection=settings.reflection).guard()
@@ -83,7 +89,7 @@ class Replica:
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics_server: WSGIServer | None = None
         age = settings.connection_age_seconds
-        self._servers = [wire.server(guard, connection_age_seconds=age), wire.server(guard)]
+        self._servers = [wire.server(guard, connection_age_seconds=age) for _ in range(2)]
         self._probed: grpc.aio.Server | None = None
         self.ports: list[int] = []
         self.health_port = 0
@@ -210,6 +216,7 @@ class Replica:
         for leader in self.router.leaders:
             await leader.link.close()
         await self.index.close()
+        await self.traces.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.shutdown)
             self._metrics_server.server_close()
@@ -252,7 +259,7 @@ def _own_address(settings: Settings) -> ReplicaAddress:
 
     Its admin address is empty if only this machine's processes reach it, and they are elsewhere.
     """
-    inference = settings.advertise or settings.listen
+    inference = settings.own_address
     own_host = inference.rpartition(":")[0]
     host, _, port = settings.admin_listen.rpartition(":")
     if host in _EVERY_ADDRESS:

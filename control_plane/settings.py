@@ -15,6 +15,7 @@ from pydantic_settings import (
 )
 
 from control_plane.access import anonymous_roles, read_access
+from control_plane.traces import check_endpoint
 from protos import wire
 from protos.settings_file import settings_file
 
@@ -44,6 +45,12 @@ class Settings(BaseSettings):
         0, ge=0, le=65535, description="port of /metrics, on the host of listen; 0: none"
     )
     vllm_metrics: bool = Field(False, description="serve metrics under vLLM's names, too")
+    traces_endpoint: str = Field(
+        "", description="http[s]://host:port of a collector of traces (OTLP/gRPC); empty: none"
+    )
+    traces_share: float = Field(
+        1.0, ge=0, le=1, description="of the traces that begin here, how many are kept"
+    )
     advertise: str = Field("", description="host:port told to other replicas; empty: listen")
     peer_name: str = Field(
         "", description="name in other replicas' certificates; empty: that of their address"
@@ -69,6 +76,9 @@ class Settings(BaseSettings):
     )
     max_waiting_seconds: float = Field(
         0.0, ge=0, description="seconds of a request in the queue, at most; 0: no limit"
+    )
+    max_calls: int = Field(
+        16384, ge=1, description="Generate calls open at this replica at once, at most"
     )
     tenant_cache_share: float = Field(
         1.0,
@@ -106,6 +116,11 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field("text", description="of a line in the log")
 
     @property
+    def own_address(self) -> str:
+        """By which other replicas know this one."""
+        return self.advertise or self.listen
+
+    @property
     def tls(self) -> wire.Tls | None:
         return wire.tls(self.tls_certificate, self.tls_key, self.tls_ca)
 
@@ -130,6 +145,12 @@ class Settings(BaseSettings):
         if self.redis_ca is not None and not self.redis_url.startswith("rediss://"):
             raise ValueError("redis-ca is for a redis-url that begins with rediss://")
         return self
+
+    @field_validator("traces_endpoint")
+    @classmethod
+    def _check_traces_endpoint(cls, endpoint: str) -> str:
+        check_endpoint(endpoint)
+        return endpoint
 
     @field_validator("access")
     @classmethod

@@ -116,6 +116,8 @@ def _decisive(settings: Settings) -> int:
     """A number for the settings that decide what ranks do together, and in which order."""
     own = {"model", "listen", "engine_id", "threads", "device", "config", "kv_scales"}
     own |= {"metrics_port", "log_format"}
+    # Of the engine API, which rank 0 alone has.
+    own |= {"health_listen", "tls_certificate", "tls_key", "tls_ca"}
     text = settings.model_dump_json(exclude=own)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 

@@ -20,9 +20,13 @@ from data_plane.ranks import (
     EXIT_RANK_LOST,
     EXIT_WORKER_FAILED,
     SETTLE_SECONDS,
+    Children,
     Place,
+    end,
     join,
+    lost_child,
     open_store,
+    start_others,
 )
 from data_plane.worker import Worker
 from protos.engine.v1 import engine_pb2
@@ -41,6 +45,8 @@ def follow(
 ) -> int:
     """Joins rank 0 and does what it says until it says that it is enough.
 
+    The first rank of a machine starts the others there; they have links of their own.
+
     Args:
         build: makes this rank's engine, on the thread that will run it.
         refusals: what `build` raises for a model that cannot be served.
@@ -48,18 +54,21 @@ def follow(
     Returns:
         The exit status.
     """
+    children = start_others(place, place.port) if place.starts_others else {}
     try:
         store = open_store(place)
         link = join(place, store)
         worker = Worker()
         worker.start()
-        follower = _Follower(place.rank, link, worker, worker.submit(partial(build, store)))
+        built = worker.submit(partial(build, store))
+        follower = _Follower(place.rank, link, worker, built, children)
         # A signal for one rank is one for the engine, which rank 0 ends in good order.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: link.send(Kind.STOP))
         while (loss := follower.trouble(refusals, hung_seconds)) is None:
             if not follower.obey(_WATCH_SECONDS):
                 worker.stop(stop_seconds)
+                end(children.values(), stop_seconds)
                 return 0
         kind, sentence, status = loss
         link.send(kind, sentence.encode())
@@ -75,8 +84,11 @@ class _Follower:
     So the end of rank 0 is seen even while the worker waits for it in a collective.
     """
 
-    def __init__(self, rank: int, link: Link, worker: Worker, engine: Future[Engine]) -> None:
+    def __init__(
+        self, rank: int, link: Link, worker: Worker, engine: Future[Engine], children: Children
+    ) -> None:
         self._rank, self._link, self._worker, self._engine = rank, link, worker, engine
+        self._children = children
 
     def trouble(
         self, refusals: tuple[type[Exception], ...], hung_seconds: float
@@ -95,6 +107,10 @@ class _Follower:
             return Kind.FAILED, f"its worker failed: {error!r}", EXIT_WORKER_FAILED
         if built and self._worker.stuck_seconds > hung_seconds:
             return Kind.FAILED, f"one step takes more than {hung_seconds:g} s", EXIT_WORKER_FAILED
+        # Rank 0 does not know of one that ended before it had a link.
+        if sentence := lost_child(self._children):
+            self._wait_for_the_end(SETTLE_SECONDS)
+            return Kind.FAILED, sentence, EXIT_RANK_LOST
         return None
 
     def obey(self, seconds: float) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import hmac
+import re
 import socket
 import struct
 import time
@@ -137,14 +138,20 @@ class Link:
         return Kind(number), payload
 
 
+def loopback(host: str) -> str | None:
+    """The address of a host that says by itself that all ranks are on this machine, else None.
+
+    No name is looked up: machines may have their own, by which others call them, at 127.0.1.1.
+    """
+    if host == "localhost":
+        return "127.0.0.1"
+    return host if re.fullmatch(r"127(\.\d+){3}", host) else None
+
+
 def listen(host: str) -> socket.socket:
     """Opens a port for links: on the loopback interface if `host` names it, else on all."""
-    try:
-        local = socket.gethostbyname(host).startswith("127.")
-    except OSError:
-        local = False
-    if local:
-        return socket.create_server(("127.0.0.1", 0))
+    if address := loopback(host):
+        return socket.create_server((address, 0))
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))

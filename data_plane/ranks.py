@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from data_plane.rank_link import SECRET_BYTES, Hello, Kind, Link, LinkEnded, listen
+from data_plane.rank_link import SECRET_BYTES, Hello, Kind, Link, LinkEnded, listen, loopback
 from protos import tether
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,13 @@ SETTLE_SECONDS = 0.25
 _POLL_SECONDS = 0.1
 _LOOPBACK = "127.0.0.1"
 _MEETING = "quire/links"
-_PLACE_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
+_PLACE_VARIABLES = ("RANK", "WORLD_SIZE", *_MEETING_VARIABLES)
+# torchrun's names for a machine's number, and for how many there are.
+_MACHINE_VARIABLES = ("GROUP_RANK", "GROUP_WORLD_SIZE", *_MEETING_VARIABLES)
+
+# Processes that this one has started, by their rank.
+Children = dict[int, subprocess.Popen[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,8 @@ class Place:
 
     Attributes:
         local_rank: among those on its machine, of which there are `local_size`.
-        host, port: of the store where they meet; port 0: rank 0 starts the others and opens it.
+        host, port: of the store where they meet; port 0: one that rank 0 opens for its machine.
+        starts_others: it starts the other ranks of its machine, as whose first it was started.
     """
 
     rank: int = 0
@@ -80,10 +87,13 @@ class Place:
     local_size: int = 1
     host: str = _LOOPBACK
     port: int = 0
+    starts_others: bool = False
 
     @classmethod
     def of(cls, wanted: int | None, environment: Mapping[str, str]) -> Self:
         """Takes the place that the variables of torchrun name, or else that of rank 0.
+
+        Where they name a machine and no rank, it is that of the machine's first rank.
 
         Args:
             wanted: the number of ranks that was asked for, if one was.
@@ -92,11 +102,10 @@ class Place:
             ValueError: the variables contradict each other, or what was asked for.
         """
         if "RANK" not in environment and "WORLD_SIZE" not in environment:
-            return cls(size=wanted or 1, local_size=wanted or 1)
-        for name in _PLACE_VARIABLES:
-            if name not in environment:
-                together = ", ".join(_PLACE_VARIABLES)
-                raise ValueError(f"{together} belong together, and {name} is not set")
+            if "GROUP_RANK" in environment or "GROUP_WORLD_SIZE" in environment:
+                return cls._first_of_machine(wanted, environment)
+            return cls(size=wanted or 1, local_size=wanted or 1, starts_others=True)
+        _all_of(_PLACE_VARIABLES, environment)
         rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
         if wanted not in (None, size):
             raise ValueError(f"WORLD_SIZE is {size} where tensor-parallel is {wanted}")
@@ -109,6 +118,25 @@ class Place:
             _number(environment, "LOCAL_WORLD_SIZE", "1"),
             environment["MASTER_ADDR"],
             _number(environment, "MASTER_PORT"),
+        )
+
+    @classmethod
+    def _first_of_machine(cls, wanted: int | None, environment: Mapping[str, str]) -> Self:
+        _all_of(_MACHINE_VARIABLES, environment)
+        machine, count = (_number(environment, name) for name in _MACHINE_VARIABLES[:2])
+        if not 0 <= machine < count:
+            raise ValueError(f"GROUP_RANK is {machine}, which is none of {count} machines")
+        if not wanted or wanted % count:
+            raise ValueError(f"{count} machines do not divide tensor-parallel {wanted or 1}")
+        local_size = wanted // count
+        return cls(
+            machine * local_size,
+            wanted,
+            0,
+            local_size,
+            environment["MASTER_ADDR"],
+            _number(environment, "MASTER_PORT"),
+            starts_others=True,
         )
 
     def device(self, wanted: str) -> torch.device:
@@ -138,7 +166,7 @@ class Ranks:
         self.store: Store | None = None
         self.lost: Future[Loss] = Future()
         self.asked_to_stop = threading.Event()
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._children: Children = {}
         self._links: dict[int, Link] = {}
         self._lock = threading.Lock()
         # What was heard so far. The cause is what has the lowest number, and came first of those:
@@ -172,17 +200,17 @@ class Ranks:
         secret = secrets.token_bytes(SECRET_BYTES)
         with listen(place.host) as door:
             store.set(_MEETING, f"{door.getsockname()[1]} {secret.hex()}")
-            if not place.port:
-                self._children = _start_others(place.size, store.port)
+            if place.starts_others:
+                self._children = start_others(place, store.port)
             self._accept(door, secret, place.size)
 
     def _accept(self, door: socket.socket, secret: bytes, size: int) -> None:
         deadline = time.monotonic() + START_SECONDS
         door.settimeout(_POLL_SECONDS)
         while len(self._links) < size - 1:
-            for rank, child in self._children.items():
-                if child.poll() is not None and rank not in self._links:
-                    raise RankLost(Loss(f"rank {rank} (process {child.pid}) {_how(child)}"))
+            awaited = self._children.keys() - self._links.keys()
+            if sentence := lost_child({rank: self._children[rank] for rank in awaited}):
+                raise RankLost(Loss(sentence))
             if self.lost.done():
                 raise RankLost(self.lost.result())
             if time.monotonic() > deadline:
@@ -224,12 +252,7 @@ class Ranks:
     def end(self, seconds: float) -> None:
         """Waits for the processes that were started here to end, and then ends them by force."""
         self._ending = True
-        deadline = time.monotonic() + seconds
-        for child in self._children.values():
-            try:
-                child.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                child.kill()
+        end(self._children.values(), seconds)
 
     def _listen(self, link: Link, hello: Hello) -> None:
         """Hears what a rank says until it is gone; in a thread of its own."""
@@ -269,17 +292,18 @@ class Ranks:
 def open_store(place: Place) -> TCPStore:
     """Opens the store of rank 0, or one that another process has opened."""
     timeout = timedelta(seconds=START_SECONDS)
-    if not place.port:
-        # By default a store listens on all interfaces.
-        door = socket.create_server((_LOOPBACK, 0))
-        port = door.getsockname()[1]
-        return TCPStore(
-            _LOOPBACK, port, place.size, True, timeout,
-            wait_for_workers=False, master_listen_fd=door.detach(),
-        )  # fmt: skip
     # torchrun has opened one for its ranks already, and says so.
     opens = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return TCPStore(place.host, place.port, place.size, opens, timeout, wait_for_workers=False)
+    address = loopback(place.host)
+    if not (opens and address):
+        return TCPStore(place.host, place.port, place.size, opens, timeout, wait_for_workers=False)
+    # By default a store listens on all interfaces.
+    door = socket.create_server((address, place.port))
+    port = door.getsockname()[1]
+    return TCPStore(
+        address, port, place.size, True, timeout,
+        wait_for_workers=False, master_listen_fd=door.detach(),
+    )  # fmt: skip
 
 
 def join(place: Place, store: Store) -> Link:
@@ -296,26 +320,53 @@ def join(place: Place, store: Store) -> Link:
         raise LinkEnded(str(error)) from error
 
 
-def _start_others(size: int, port: int) -> dict[int, subprocess.Popen[bytes]]:
-    """Starts ranks 1 and up on this machine, as this process was started."""
-    if sys.platform == "linux":
+def start_others(place: Place, port: int) -> Children:
+    """Starts the other ranks of this machine, as this process was started; port: of the store.
+
+    The calling thread must live as long as they: the kernel takes it for their parent.
+    """
+    if sys.platform == "linux" and place.size == place.local_size:
         # All ranks are here, and what they say is nobody else's business.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     command = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid())]
     command += [sys.executable, *sys.orig_argv[1:]]
     children = {}
-    for rank in range(1, size):
-        place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-        meeting = {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": port}
-        variables = {name: str(value) for name, value in (place | meeting).items()}
+    for local_rank in range(1, place.local_size):
+        rank = place.rank + local_rank
+        variables = {
+            "RANK": rank,
+            "WORLD_SIZE": place.size,
+            "LOCAL_RANK": local_rank,
+            "LOCAL_WORLD_SIZE": place.local_size,
+            "MASTER_ADDR": place.host,
+            "MASTER_PORT": port,
+        }
         # A session of its own keeps the terminal's Ctrl-C away: rank 0 tells them when to end.
         children[rank] = subprocess.Popen(  # noqa: S603
             command,
-            env=os.environ | variables,
+            env=os.environ | {name: str(value) for name, value in variables.items()},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
     return children
+
+
+def lost_child(children: Children) -> str | None:
+    """The sentence about one that has ended, and not because it was told to."""
+    for rank, child in children.items():
+        if child.poll() not in (None, 0):
+            return f"rank {rank} (process {child.pid}) {_how(child)}"
+    return None
+
+
+def end(children: Iterable[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Waits for processes to end, and then ends them by force."""
+    deadline = time.monotonic() + seconds
+    for child in children:
+        try:
+            child.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            child.kill()
 
 
 def _how(child: subprocess.Popen[bytes]) -> str:
@@ -325,6 +376,13 @@ def _how(child: subprocess.Popen[bytes]) -> str:
     except subprocess.TimeoutExpired:
         return "has closed its link"
     return f"was ended by signal {-status}" if status < 0 else f"ended with exit status {status}"
+
+
+def _all_of(names: Iterable[str], environment: Mapping[str, str]) -> None:
+    """Raises ValueError: one is not set."""
+    for name in names:
+        if name not in environment:
+            raise ValueError(f"{', '.join(names)} belong together, and {name} is not set")
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:

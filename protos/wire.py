@@ -14,6 +14,8 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
+from protos.renewal import ServerCertificate, Version, is_renewed, version_of
+
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 # A prompt of 131,072 token ids takes about half a megabyte, a snapshot part two.
@@ -72,6 +74,11 @@ class Tls:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("tls-certificate and tls-key must be set together")
 
+    @property
+    def version(self) -> Version:
+        """Of the files. A channel has what they were when it was opened, a server what they are."""
+        return version_of((self.certificate, self.key, self.ca))
+
 
 def client_tls(certificate: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
     """Returns what three settings mean to a client, None (plain text) if none is set.
@@ -129,10 +136,18 @@ def listen(where: grpc.aio.Server, address: str, tls: Tls | None) -> int:
         return where.add_insecure_port(address)
     if tls.certificate is None or tls.key is None:
         raise ValueError("a server with TLS needs a certificate")
-    pair = [(tls.key.read_bytes(), tls.certificate.read_bytes())]
-    ca = tls.ca.read_bytes() if tls.ca else None
-    credentials = grpc.ssl_server_credentials(pair, ca, require_client_auth=ca is not None)
-    return where.add_secure_port(address, credentials)
+    certificate = ServerCertificate(tls.certificate, tls.key, tls.ca)
+    return where.add_secure_port(address, certificate.credentials)
+
+
+def version(tls: Tls | None) -> Version:
+    """Of the files of one who may have none."""
+    return () if tls is None else tls.version
+
+
+def is_outdated(tls: Tls | None, since: Version) -> bool:
+    """Whether a channel that was opened with files of that version had better be opened anew."""
+    return is_renewed(version(tls), since)
 
 
 def channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:

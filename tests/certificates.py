@@ -64,6 +64,19 @@ class Authority:
         return Tls(files[0], files[1], self.ca)
 
 
+def replace(old: Tls, new: Tls) -> None:
+    """Puts another certificate, key and authority where those of a process are, one by one."""
+    for target, source in (
+        (old.certificate, new.certificate),
+        (old.key, new.key),
+        (old.ca, new.ca),
+    ):
+        assert target is not None and source is not None
+        fresh = target.with_suffix(".fresh")
+        fresh.write_bytes(source.read_bytes())
+        fresh.rename(target)
+
+
 def _name(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 

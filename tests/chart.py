@@ -38,6 +38,22 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def templates(manifest: Manifest) -> list[Manifest]:
+    """Those of the pods that an object makes; a pod is its own."""
+    if manifest["kind"] == "Pod":
+        return [manifest]
+    spec = manifest.get("spec", {})
+    group = spec.get("leaderWorkerTemplate", {})
+    found = (spec.get("template"), group.get("leaderTemplate"), group.get("workerTemplate"))
+    return [template for template in found if template is not None]
+
+
+def claim_templates(workload: Manifest) -> list[Manifest]:
+    """Claims of which each of its pods has its own."""
+    spec = workload["spec"]
+    return list(spec.get("leaderWorkerTemplate", spec).get("volumeClaimTemplates", ()))
+
+
 @dataclass(frozen=True)
 class Rendered:
     """One rendering: all objects, hooks included, and the notes."""
@@ -69,8 +85,7 @@ class Rendered:
     def pods(self) -> Iterator[tuple[str, Manifest]]:
         """Every pod's metadata with its spec, by the component's name."""
         for each in self.objects:
-            pod = each if each["kind"] == "Pod" else each.get("spec", {}).get("template")
-            if pod is not None:
+            for pod in templates(each):
                 yield each["metadata"]["labels"]["app.kubernetes.io/component"], pod
 
 

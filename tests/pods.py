@@ -1,12 +1,12 @@
 """A chart's pods as processes of this machine: what a kubelet and a cluster's network do, in small.
 
-Commands, environment, probes and hooks are run as the manifests have them. What cannot be had
-without containers is replaced as text, in commands, environment and mounted files alike
-(`Cluster.local`):
+Init containers are run one after the other before a pod's own. Commands, environment, probes and
+hooks are run as the manifests have them. What cannot be had without containers is replaced as text,
+in commands, environment and mounted files alike (`Cluster.local`):
 
 - a pod's mount paths by directories below a temporary one;
 - 0.0.0.0 by the pod's own loopback address, so that every pod can have the same ports;
-- DNS names, where a port follows, by such addresses.
+- DNS names, where a port follows, by such addresses; LWS_LEADER_ADDRESS is one from the start.
 
 Certificates are issued as cert-manager would, and are good for the addresses of the names that they
 are good for. Images are this environment's python and redis-server.
@@ -27,12 +27,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from protos.probe import is_serving
 from protos.wire import Tls
 from tests.certificates import Authority
-from tests.chart import NAMESPACE, ROOT, Manifest, Rendered
+from tests.chart import NAMESPACE, ROOT, Manifest, Rendered, claim_templates
 from tests.redis_server import redis_executable
 
 # Until no new connection leads to a pod that ends: a cluster takes its time.
@@ -48,7 +48,12 @@ def _pattern(dns: str) -> str:
 
 @dataclass
 class Pod:
-    """One container, and what its kubelet knows of it."""
+    """One container after those that prepare it, and what its kubelet knows of it.
+
+    Attributes:
+        claims: templates of the claims that are its own.
+        place: what LeaderWorkerSet tells all its containers.
+    """
 
     name: str
     address: str
@@ -58,6 +63,8 @@ class Pod:
     ready: bool = False
     terminating: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    claims: list[Manifest] = field(default_factory=list)
+    place: dict[str, str] = field(default_factory=dict)
 
     @property
     def container(self) -> dict[str, Any]:
@@ -124,13 +131,34 @@ class Cluster:
         template = manifest if kind == "Pod" else manifest["spec"]["template"]
         if kind == "StatefulSet":
             self._names[f"{name}.{manifest['spec']['serviceName']}.{DOMAIN}"] = address
-        return self._start(Pod(name, address, template, self._folder / name))
+        claims = claim_templates(manifest)
+        return self._start(Pod(name, address, template, self._folder / name, claims=claims))
 
-    def local(self, text: str, pod: Pod) -> str:
-        """What a text of a manifest means on this machine."""
+    def create_group(self, workload: str) -> list[Pod]:
+        """What LeaderWorkerSet makes of a set: pods of one group, each of which knows its place."""
+        manifest = self._rendered.get("LeaderWorkerSet", workload)
+        parts, pods = manifest["spec"]["leaderWorkerTemplate"], list[Pod]()
+        leader = self._new_address()
+        for index in range(parts["size"]):
+            name = f"{workload}-0-{index}" if index else f"{workload}-0"
+            template = parts["workerTemplate" if index else "leaderTemplate"]
+            address = self._new_address() if index else leader
+            self._names[f"{name}.{workload}.{DOMAIN}"] = address
+            pod = Pod(name, address, template, self._folder / name)
+            pod.claims = claim_templates(manifest)
+            pod.place = {
+                "LWS_LEADER_ADDRESS": leader,
+                "LWS_GROUP_SIZE": str(parts["size"]),
+                "LWS_WORKER_INDEX": str(index),
+            }
+            pods.append(self._start(pod))
+        return pods
+
+    def local(self, text: str, pod: Pod, container: Manifest | None = None) -> str:
+        """What a text of a manifest means on this machine, in one of a pod's containers."""
         mounts = {
             mount["mountPath"]: str(pod.folder / mount["name"])
-            for mount in pod.container["volumeMounts"]
+            for mount in (container or pod.container)["volumeMounts"]
         }
         meanings = self._names | mounts | {"0.0.0.0": pod.address}
         paths = "|".join(map(re.escape, sorted([*mounts, "0.0.0.0"], key=len, reverse=True)))
@@ -142,28 +170,44 @@ class Cluster:
 
     def _start(self, pod: Pod) -> Pod:
         self._mount(pod)
-        for variable in pod.container.get("env", ()):
-            value = self._value(variable, pod)
-            expanded = re.sub(
-                r"\$\((\w+)\)", lambda found: pod.environment[found[1]], self.local(value, pod)
-            )
-            pod.environment[variable["name"]] = expanded
-        pod.environment["PATH"] = ":".join([*_IMAGE_PATH, os.defpath])
-        command = [self.local(word, pod) for word in pod.container["command"]]
+        pod.environment = self._environment(pod, pod.container)
         with (pod.folder / "log").open("wb") as log:
-            pod.process = subprocess.Popen(
-                command, env=pod.environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            )
+            for container in pod.manifest["spec"].get("initContainers", ()):
+                process = self._run(pod, container, self._environment(pod, container), log)
+                assert process.wait(60) == 0, pod.log()
+            pod.process = self._run(pod, pod.container, pod.environment, log)
         self.pods.append(pod)
         if "readinessProbe" in pod.container:
             self._kubelets.append(threading.Thread(target=self._watch, args=(pod,)))
             self._kubelets[-1].start()
         return pod
 
+    def _environment(self, pod: Pod, container: Manifest) -> dict[str, str]:
+        found = pod.place | {"PATH": ":".join([*_IMAGE_PATH, os.defpath])}
+        for variable in container.get("env", ()):
+            value = self.local(self._value(variable, pod), pod, container)
+            expanded = re.sub(r"\$\((\w+)\)", lambda name: found[name[1]], value)
+            found[variable["name"]] = expanded
+        return found
+
+    def _run(
+        self, pod: Pod, container: Manifest, environment: dict[str, str], log: IO[bytes]
+    ) -> subprocess.Popen[bytes]:
+        command = [self.local(word, pod, container) for word in container["command"]]
+        return subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
+
     def _mount(self, pod: Pod) -> None:
+        pod.folder.mkdir(parents=True)
+        for template in pod.claims:
+            # Under the pod's name, so that its successor has the same.
+            claim = self._folder / "claims" / f"{template['metadata']['name']}-{pod.name}"
+            claim.mkdir(parents=True, exist_ok=True)
+            (pod.folder / template["metadata"]["name"]).symlink_to(claim)
         for volume in pod.manifest["spec"]["volumes"]:
             directory = pod.folder / volume["name"]
-            directory.mkdir(parents=True)
+            directory.mkdir()
             for source in volume.get("projected", {}).get("sources", [volume]):
                 for name, text in self._files(source).items():
                     (directory / name).write_text(self.local(text, pod))
@@ -287,7 +331,7 @@ class Cluster:
         assert self.delete(pod) == 0, pod.log()
         self.pods.remove(pod)
         folder = self._folder / f"{pod.folder.name}-again"
-        return self._start(Pod(pod.name, pod.address, pod.manifest, folder))
+        return self._start(Pod(pod.name, pod.address, pod.manifest, folder, claims=pod.claims))
 
     # What the cluster's network does.
 
@@ -362,7 +406,10 @@ def running(rendered: Rendered, folder: Path) -> Iterator[Cluster]:
     """Everything but `helm test`, ready."""
     with Cluster(rendered, folder) as cluster:
         redis = cluster.create("Deployment", "quire-redis")
-        cluster.create("StatefulSet", "quire-data-plane")
+        if rendered.all("LeaderWorkerSet"):
+            cluster.create_group("quire-engine")
+        else:
+            cluster.create("StatefulSet", "quire-data-plane")
         cluster.wait_ready(redis)
         control = cluster.create("Deployment", "quire-control-plane")
         cluster.wait_ready(control)

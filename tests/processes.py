@@ -23,7 +23,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_serving(port: int, check: Callable[[], None], seconds: float = 60) -> None:
+def wait_until_serving(port: int, check: Callable[[], None], seconds: float = 150) -> None:
     """Asks the health service of a process; `check` raises if that can never serve."""
     deadline = time.monotonic() + seconds
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -43,16 +43,16 @@ def wait_until_serving(port: int, check: Callable[[], None], seconds: float = 60
 class Process:
     """A process of a plane with its log; killed at the end whatever happens."""
 
-    def __init__(self, module: str, port: int, log: Path, *flags: str) -> None:
+    def __init__(self, module: str, port: int, log: Path, *flags: str, **variables: str) -> None:
         self.port, self._log = port, log
         command = [sys.executable, "-m", module, "--listen", f"127.0.0.1:{port}", *flags]
         environment = {key: value for key, value in os.environ.items() if "QUIRE" not in key}
         with log.open("ab") as sink:
             self._process = subprocess.Popen(
-                command, stdout=sink, stderr=sink, cwd=ROOT, env=environment
+                command, stdout=sink, stderr=sink, cwd=ROOT, env=environment | variables
             )
 
-    def ready(self, seconds: float = 60) -> None:
+    def ready(self, seconds: float = 150) -> None:
         """Waits until the health service says SERVING."""
         wait_until_serving(self.port, self._check, seconds)
 
@@ -84,9 +84,9 @@ class Process:
             self.kill()
 
 
-def data_plane(log: Path, *flags: str, port: int = 0) -> Process:
+def data_plane(log: Path, *flags: str, port: int = 0, **variables: str) -> Process:
     checks = ("--check-invariants", "--threads", "1", "--dtype", "float32")
-    return Process("data_plane", port or free_port(), log, *checks, *flags)
+    return Process("data_plane", port or free_port(), log, *checks, *flags, **variables)
 
 
 def control_plane(log: Path, engines: list[int], *flags: str, port: int = 0) -> Process:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from fnmatch import fnmatch
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from control_plane.settings import Settings as ControlSettings
 from data_plane.engine import Engine, EngineSizes
 from data_plane.metrics.families import registry_of
 from data_plane.model import Model
+from data_plane.ranks import Place
 from data_plane.settings import Settings as DataSettings
 from helm.generate import OF_THE_CHART, SETTINGS, readme, schema
 from tests.api_server import api_server
@@ -41,11 +43,13 @@ from tests.chart import (
     Manifest,
     Rendered,
     chart,
+    claim_templates,
     merged,
     render,
+    templates,
     values_file,
 )
-from tests.policies import reachable, selects
+from tests.policies import PORTS, Port, reachable, selects
 from tests.promql import Labels, check_labels, grouped, is_of_nothing
 from tests.stack import Stack, failure, led, request, running_replica, serving_engine
 from tests.test_docs import section
@@ -69,6 +73,8 @@ MONITORED = {
     "monitoring": {"monitors": True, "rules": True, "dashboard": True},
     "networkPolicy": {"metricsFrom": PEERS["monitoring"]},
 }
+EIGHT = {"nodes": 2, "tensorParallel": 16, "replicas": 2}
+HUB = {"repository": "someone/llama", "revision": "a" * 40}
 # Every feature by itself, so that each one's templates are rendered both ways.
 CASES: dict[str, Mapping[str, Any]] = {
     "defaults": {},
@@ -93,6 +99,15 @@ CASES: dict[str, Mapping[str, Any]] = {
         for plane in ("controlPlane", "dataPlane")
     },
     "tensor parallel": {"dataPlane": {"tensorParallel": 8, "replicas": 3, "swapMemoryMib": 4096}},
+    "several nodes": {
+        "dataPlane": EIGHT | {"swapMemoryMib": 1000, "annotations": {"a.example/b": "c"}}
+    },
+    "several nodes of everything": merged(
+        H200, {"dataPlane": EIGHT | {"cache": {"claim": True}, "model": {"hub": HUB}}}
+    ),
+    "several nodes that fetch": {
+        "dataPlane": EIGHT | {"cache": {"claim": True}, "model": {"hub": HUB}}
+    },
     "existing claim": {"dataPlane": {"model": {"existingClaim": "models", "path": "llama/8b"}}},
     "made claim": {
         "dataPlane": {
@@ -111,6 +126,29 @@ CASES: dict[str, Mapping[str, Any]] = {
     },
     "claims for caches": {
         "dataPlane": {"replicas": 2, "cache": {"claim": True, "storageClassName": "fast"}}
+    },
+    "hub": {
+        "dataPlane": {
+            "model": {"hub": HUB | {"tokenSecret": "hub", "storageClassName": "fast"}},
+            "cache": {"claim": True},
+        }
+    },
+    "hub without claims": {
+        "dataPlane": {
+            "model": {
+                "name": "llama",
+                "path": "a/b",
+                "hub": HUB | {"claim": False, "endpoint": "http://hub.example:8080/x"},
+            }
+        }
+    },
+    "hub into a claim": {
+        "dataPlane": {"model": {"existingClaim": "models", "path": "fetched", "hub": HUB}}
+    },
+    "hub into a made claim": {
+        "dataPlane": {
+            "model": {"claim": {"create": True, "accessMode": "ReadWriteMany"}, "hub": HUB}
+        }
     },
     "external redis": EXTERNAL_REDIS,
     "access": {
@@ -215,6 +253,30 @@ CUSTOM: dict[str, tuple[str, set[str], KEYS]] = {
             },
         },
     ),
+    "LeaderWorkerSet": (
+        "leaderworkerset.x-k8s.io/v1",
+        {"leaderWorkerTemplate"},
+        {
+            "replicas": int,
+            "startupPolicy": {"LeaderCreated", "LeaderReady"},
+            "rolloutStrategy": {
+                "type": {"RollingUpdate"},
+                "rollingUpdateConfiguration": {"maxUnavailable": int, "maxSurge": int},
+            },
+            # Of the templates Kubernetes's own schemas say what is right.
+            "leaderWorkerTemplate": dict.fromkeys(
+                ("leaderTemplate", "workerTemplate", "volumeClaimTemplates")
+            )
+            | {
+                "size": int,
+                "restartPolicy": {"RecreateGroupOnPodRestart"},
+                "persistentVolumeClaimRetentionPolicy": {
+                    "whenDeleted": {"Retain", "Delete"},
+                    "whenScaled": {"Retain", "Delete"},
+                },
+            },
+        },
+    ),
     "ServiceMonitor": (
         "monitoring.coreos.com/v1",
         {"selector", "endpoints"},
@@ -281,6 +343,11 @@ def test_manifests_are_valid_for_every_version(name: str, monkeypatch: pytest.Mo
             assert needed <= manifest["spec"].keys()
             assert set(unknown(manifest["spec"], keys)) == set()
             assert set(manifest["spec"].get("usages", ())) <= USAGES
+            for template in templates(manifest):
+                pods = {"apiVersion": "v1", "kind": "PodTemplate", "template": template}
+                kubernetes_validate.validate(pods, version, strict=True)
+            for claim in claim_templates(manifest):
+                kubernetes_validate.validate(claim, version, strict=True)
         else:
             kubernetes_validate.validate(manifest, version, strict=True)
 
@@ -319,8 +386,8 @@ def test_objects_belong_to_the_release(name: str) -> None:
         assert metadata["labels"]["app.kubernetes.io/managed-by"] == "Helm"
     claims = {
         each["metadata"]["name"]
-        for workload in rendered.all("StatefulSet")
-        for each in workload["spec"].get("volumeClaimTemplates", ())
+        for workload in rendered.all("StatefulSet", "LeaderWorkerSet")
+        for each in claim_templates(workload)
     }
     for pod, manifest in rendered.pods():
         volumes = {each["name"] for each in manifest["spec"]["volumes"]}
@@ -329,6 +396,8 @@ def test_objects_belong_to_the_release(name: str) -> None:
             volumes |= claims
         for container in manifest["spec"]["containers"]:
             assert {each["name"] for each in container["volumeMounts"]} == volumes, pod
+        for container in manifest["spec"].get("initContainers", ()):
+            assert {each["name"] for each in container["volumeMounts"]} <= volumes, pod
 
 
 @every_case
@@ -407,6 +476,9 @@ def test_long_names_stay_within_what_kubernetes_takes() -> None:
         assert len(manifest["metadata"]["name"]) <= (
             52 if manifest["kind"] == "StatefulSet" else 63
         )
+    # LeaderWorkerSet makes StatefulSets of workers, with the number of the group at their end.
+    (engines,) = render(CASES["several nodes"], name="r" * 53).all("LeaderWorkerSet")
+    assert len(f"{engines['metadata']['name']}-1023") <= 52
 
 
 @every_case
@@ -423,6 +495,11 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
 
 
 # What is refused, and how.
+
+
+def hub(changed: dict[str, Any], **model: Any) -> dict[str, Any]:
+    """Values for a model from a hub, with something changed or added."""
+    return {"dataPlane": {"model": model | {"hub": HUB | changed}}}
 
 
 @pytest.mark.parametrize(
@@ -490,7 +567,21 @@ def test_settings_files_are_what_the_planes_take(name: str, tmp_path: Path) -> N
             {"tls": CASES["tls of secrets"]["tls"] | {"certManager": {"enabled": True}}},
             "certificates come from one of them",
         ),
+        ({"dataPlane": {"nodes": 2}}, "tensorParallel is 1, which 2 nodes do not divide"),
+        ({"dataPlane": {"nodes": 3, "tensorParallel": 8}}, "8, which 3 nodes do not divide"),
+        ({"dataPlane": {"nodes": 0}}, "minimum: got 0, want 1"),
         ({"dataPlane": {"model": {"path": "a"}}}, "dataPlane.model.path is in no volume"),
+        (hub({"revision": "main"}), "does not match pattern"),
+        (hub({"repository": "a/b/c"}), "does not match pattern"),
+        (hub({"endpoint": "https://user:secret@hub.example"}), "does not match pattern"),
+        (hub({"revision": ""}), "revision is empty: pin a full commit of someone/llama"),
+        (hub({"repository": ""}), "revision is of no repository"),
+        (hub({}, claim={"create": True}), "nothing can be fetched into it"),
+        (
+            hub({}, claim={"create": True, "dataSourceRef": {"kind": "a", "name": "b"}}),
+            "the claim is filled by one of them",
+        ),
+        (hub({}) | {"networkPolicy": {"hubTo": []}}, "no policy lets engines reach it"),
         (
             {"dataPlane": {"model": {"existingClaim": "a", "claim": {"create": True}}}},
             "the model is in one of them",
@@ -603,8 +694,58 @@ def test_the_control_plane_is_told_of_each_engine() -> None:
     assert engines["replicas"] == 3
 
 
-def test_certificates_cover_the_names_that_are_called() -> None:
-    rendered = case("h200")
+def test_an_engine_of_several_nodes_is_a_group_of_pods() -> None:
+    rendered = case("several nodes")
+    engines = rendered.get("LeaderWorkerSet", "quire-engine")
+    group = engines["spec"]["leaderWorkerTemplate"]
+    assert (engines["spec"]["replicas"], group["size"]) == (2, 2)
+    assert group["restartPolicy"] == "RecreateGroupOnPodRestart"
+    assert engines["metadata"]["annotations"] == {"a.example/b": "c"}
+    assert rendered.settings("data-plane")["tensor_parallel"] == 16
+    # Each group's first pod, by the name that it has in the Service that the set makes.
+    assert rendered.settings("control-plane")["engines"].split(",") == [
+        f"quire-engine-{number}.quire-engine.serving.svc.cluster.local:7411" for number in range(2)
+    ]
+    names = {each["metadata"]["name"] for each in rendered.all("Service", "StatefulSet")}
+    assert not names & {"quire-data-plane", "quire-engine"}
+    (first,), (worker,) = (
+        group[kind]["spec"]["containers"] for kind in ("leaderTemplate", "workerTemplate")
+    )
+    # Nobody calls a worker, and the first pod notices when one ends or hangs.
+    own = {"ports", "startupProbe", "readinessProbe", "livenessProbe"}
+    assert {key: value for key, value in first.items() if key not in own} == worker
+    assert first.keys() - worker.keys() == own
+    # What the set tells its pods, as the program's own variables.
+    environment = {each["name"]: each.get("value") for each in worker["env"]}
+    place = Place.of(
+        16,
+        {
+            name: str(value)
+            .replace("$(LWS_WORKER_INDEX)", "1")
+            .replace("$(LWS_GROUP_SIZE)", "2")
+            .replace("$(LWS_LEADER_ADDRESS)", "quire-engine-0.quire-engine.serving")
+            for name, value in environment.items()
+        },
+    )
+    leader = "quire-engine-0.quire-engine.serving"
+    assert place == Place(8, 16, 0, 8, leader, 7412, starts_others=True)
+    for amounts in ("requests", "limits"):
+        assert worker["resources"][amounts]["nvidia.com/gpu"] == 8
+        assert worker["resources"][amounts]["memory"] == f"{8 * (8192 + 1000) + 1024}Mi"
+
+
+def test_claims_of_groups_stay_when_workers_go_with_every_restart() -> None:
+    engines = case("several nodes that fetch").get("LeaderWorkerSet", "quire-engine")
+    group = engines["spec"]["leaderWorkerTemplate"]
+    policy = {"whenDeleted": "Retain", "whenScaled": "Retain"}
+    assert group["persistentVolumeClaimRetentionPolicy"] == policy
+    alone = render(CASES["several nodes that fetch"], {"dataPlane": {"nodes": 1}})
+    assert claim_templates(engines) == claim_templates(alone.get("StatefulSet", "quire-data-plane"))
+
+
+@pytest.mark.parametrize("name", ["h200", "several nodes of everything"])
+def test_certificates_cover_the_names_that_are_called(name: str) -> None:
+    rendered = case(name)
 
     def names(component: str) -> list[str]:
         return list(rendered.get("Certificate", f"quire-{component}")["spec"]["dnsNames"])
@@ -667,6 +808,9 @@ def test_rollouts_wait_for_engines() -> None:
         assert seconds <= probe["failureThreshold"] * probe["periodSeconds"] < seconds + 5
         control = rendered.get("Deployment", "quire-control-plane")["spec"]
         assert control["progressDeadlineSeconds"] == seconds + 600
+        fetching = render(values, hub({"fetchSeconds": 100}))
+        control = fetching.get("Deployment", "quire-control-plane")["spec"]
+        assert control["progressDeadlineSeconds"] == seconds + 700
         assert engines.get("minReadySeconds", 0) == (30 if engines["replicas"] > 1 else 0)
 
 
@@ -774,22 +918,24 @@ def test_memory_of_engines_counts_all_that_is_in_host_memory() -> None:
 
 
 def environment(rendered: Rendered, component: str) -> dict[str, dict[str, Any]]:
-    """A plane's variables, as its container has them."""
-    (pod,) = (pod["spec"] for each, pod in rendered.pods() if each == component)
+    """A plane's variables, as its container has them; workers' are those of the first pod."""
+    pod, *_ = (pod["spec"] for each, pod in rendered.pods() if each == component)
     variables = pod["containers"][0]["env"]
     assert len({each["name"] for each in variables}) == len(variables)
     return {each["name"]: each for each in variables}
 
 
 @pytest.mark.parametrize(
-    ("cpu", "ranks", "threads"),
+    ("cpu", "ranks", "nodes", "threads"),
     [
-        ("4", 1, 4), ("4", 8, 1), ("20", 8, 2), ("96", 1, 32), ("96", 4, 24),
-        (12.5, 1, 12), ("2500m", 1, 2), ("100m", 1, 1),
+        ("4", 1, 1, 4), ("4", 8, 1, 1), ("20", 8, 1, 2), ("96", 1, 1, 32), ("96", 4, 1, 24),
+        ("96", 16, 2, 12), (12.5, 1, 1, 12), ("2500m", 1, 1, 2), ("100m", 1, 1, 1),
     ],
 )  # fmt: skip
-def test_ranks_share_the_cores_to_compile_with(cpu: str | float, ranks: int, threads: int) -> None:
-    rendered = render({"dataPlane": {"cpu": cpu, "tensorParallel": ranks}})
+def test_ranks_share_the_cores_of_a_node_to_compile_with(
+    cpu: str | float, ranks: int, nodes: int, threads: int
+) -> None:
+    rendered = render({"dataPlane": {"cpu": cpu, "tensorParallel": ranks, "nodes": nodes}})
     found = environment(rendered, "data-plane")["TORCHINDUCTOR_COMPILE_THREADS"]
     assert found["value"] == str(threads)
 
@@ -823,6 +969,59 @@ def test_the_model_is_mounted_for_reading_only() -> None:
     assert case("existing claim").settings("data-plane")["model"] == "/model/llama/8b"
     assert case("made claim").settings("data-plane")["model"] == "/model"
     assert "model" not in case("laptop").settings("data-plane")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("hub")])
+def test_what_fetches_the_model_alone_writes_it_and_has_the_token(name: str) -> None:
+    pod = case(name).get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
+    (fetching,), (serving,) = pod["initContainers"], pod["containers"]
+    settings = case(name).settings("data-plane")
+    assert f"--into={settings['model']}" in fetching["command"]
+    assert settings["served_model_name"] == ("llama" if "without" in name else "someone/llama")
+    mounts = [
+        next(mount for mount in container["volumeMounts"] if mount["name"] == "model")
+        for container in (fetching, serving)
+    ]
+    assert [mount.get("readOnly", False) for mount in mounts] == [False, True]
+    assert Path(settings["model"]).is_relative_to(mounts[0]["mountPath"])
+    environments = [{each["name"] for each in each["env"]} for each in (fetching, serving)]
+    assert ["HF_HUB_OFFLINE" in each for each in environments] == [False, True]
+    assert ["HF_TOKEN" in each for each in environments] == [name == "hub", False]
+    # It costs the cluster nothing beyond the engine: a pod's request is the larger of both.
+    for amounts in ("requests", "limits"):
+        own = fetching["resources"][amounts]
+        assert own.items() <= serving["resources"][amounts].items()
+        assert "nvidia.com/gpu" not in own
+    assert fetching["image"] == serving["image"]
+
+
+def test_a_model_is_fetched_into_a_volume_of_the_engine_or_a_shared_one() -> None:
+    def volumes(name: str) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+        spec = case(name).get("StatefulSet", "quire-data-plane")["spec"]
+        pod = spec["template"]["spec"]
+        found = {volume["name"]: volume for volume in pod["volumes"]}
+        claims = {each["metadata"]["name"]: each for each in spec.get("volumeClaimTemplates", ())}
+        return found, pod["initContainers"][0]["command"], claims
+
+    found, command, claims = volumes("hub")
+    assert "--sole" in command and set(claims) == {"cache", "model"}
+    assert claims["model"]["spec"]["storageClassName"] == "fast"
+    assert claims["model"]["spec"]["resources"] == {"requests": {"storage": "200Gi"}}
+    assert "storageClassName" not in claims["cache"]["spec"]
+    found, command, claims = volumes("hub without claims")
+    assert "--sole" in command and not claims
+    assert found["model"]["emptyDir"] == {"sizeLimit": "200Gi"}
+    # What others share is not theirs to remove from.
+    for name, claim in (("hub into a claim", "models"), ("hub into a made claim", "quire-model")):
+        found, command, claims = volumes(name)
+        assert "--sole" not in command and not claims
+        assert found["model"]["persistentVolumeClaim"] == {"claimName": claim}
+    # Nobody may change a claim's template, so that another revision must not.
+    before = case("hub").get("StatefulSet", "quire-data-plane")["spec"]
+    later = render(CASES["hub"], hub({"revision": "b" * 40}), {"commonLabels": {"a": "b"}})
+    after = later.get("StatefulSet", "quire-data-plane")["spec"]
+    assert after["volumeClaimTemplates"] == before["volumeClaimTemplates"]
+    assert after["template"] != before["template"]
 
 
 def test_a_made_claim_binds_to_a_volume_without_a_class() -> None:
@@ -969,7 +1168,7 @@ def test_pods_satisfy_the_restricted_standard(name: str) -> None:
     assert len(pods) >= 3
     for component, manifest in pods:
         pod = manifest["spec"]
-        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "hostUsers", "initContainers"}
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "hostUsers"}
         assert pod["automountServiceAccountToken"] is False, component
         assert pod["enableServiceLinks"] is False
         for volume in pod["volumes"]:
@@ -977,7 +1176,7 @@ def test_pods_satisfy_the_restricted_standard(name: str) -> None:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"].get("runAsUser", 1) != 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        for container in pod["containers"]:
+        for container in (*pod.get("initContainers", ()), *pod["containers"]):
             assert container["securityContext"] == {
                 "runAsNonRoot": True,
                 "readOnlyRootFilesystem": True,
@@ -1134,6 +1333,41 @@ def test_by_default_nobody_operates_and_an_engine_calls_nobody() -> None:
     assert {source for source, _, (port, _) in reached if port == 7411} == {"control plane"}
     assert {source for source, _, (port, _) in reached if port == 6379} == {"control plane"}
     assert not case("no policies").all("NetworkPolicy")
+
+
+def test_engines_that_fetch_reach_the_hub_and_names_alone() -> None:
+    def egress(name: str) -> list[dict[str, Any]]:
+        policy = case(name).get("NetworkPolicy", "quire-data-plane")["spec"]
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+        return list(policy.get("egress", ()))
+
+    assert egress("existing claim") == []
+    for name, port in (("hub", 443), ("hub into a claim", 443), ("hub without claims", 8080)):
+        names, hub = egress(name)
+        assert {each["port"] for each in names["ports"]} == {53, 5353}
+        assert hub["ports"] == [{"port": port}]
+        # The Internet, and nobody in the cluster or beside it.
+        blocks = [peer["ipBlock"] for peer in hub["to"]]
+        assert [block["cidr"] for block in blocks] == ["0.0.0.0/0", "2000::/3"]
+        private = [ip_network(inside) for inside in blocks[0]["except"]]
+        for address in ("10.0.0.1", "172.31.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1"):
+            assert any(ip_address(address) in inside for inside in private)
+
+
+def test_ranks_on_several_nodes_reach_each_other_and_names_alone() -> None:
+    def of_engines(name: str) -> set[tuple[str, str, Port]]:
+        return {each for each in reachable(case(name)) if each[0] == "data plane"}
+
+    assert not of_engines("tensor parallel")
+    names = {
+        ("data plane", target, port)
+        for target in ("DNS", "a node's DNS cache")
+        for port in PORTS
+        if port[0] in (53, 5353)
+    }
+    assert of_engines("several nodes") == names | {
+        ("data plane", "data plane", port) for port in PORTS if port != (7413, "TCP")
+    }
 
 
 def test_health_can_be_kept_from_others_too() -> None:

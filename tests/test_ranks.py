@@ -8,8 +8,8 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from io import StringIO
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from control_plane.cli.engine_view import engines_view
 from control_plane.leader import LeaderState
 from control_plane.server import Replica
 from data_plane.model import load_model
-from data_plane.rank_link import SECRET_BYTES, Hello, Kind, Link, LinkEnded, listen
+from data_plane.rank_link import SECRET_BYTES, Hello, Kind, Link, LinkEnded, listen, loopback
 from data_plane.ranks import EXIT_BAD_MODEL, EXIT_RANK_LOST, EXIT_WORKER_FAILED, Place
 from protos import wire
 from protos.admin.v1 import admin_pb2, admin_pb2_grpc
@@ -29,7 +29,7 @@ from protos.engine.v1 import engine_pb2, engine_pb2_grpc
 from protos.inference.v1 import inference_pb2 as pb
 from protos.inference.v1 import inference_pb2_grpc
 from tests.models import tiny_model
-from tests.processes import Process, data_plane
+from tests.processes import Process, data_plane, free_port
 from tests.rank_processes import RankProcesses
 from tests.stack import Answer, led, request, running_replica, running_stack
 from tests.test_leadership import Lead, first_plan, heir_of
@@ -359,6 +359,58 @@ def test_a_rank_that_dies_before_the_engine_serves(models: dict[str, Path], tmp_
         assert last == f"cannot serve: rank 1 (process {child}) was ended by signal 9"
 
 
+@contextmanager
+def two_machines(model: Path, directory: Path) -> Iterator[list[Process]]:
+    """An engine of four ranks, of which each of two processes is started and starts another."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = ("--model", str(model), "--tensor-parallel", "4", "--device", "cpu", *LIMITS)
+    with ExitStack() as stack:
+        machines = []
+        for number in range(2):
+            variables = meeting | {"GROUP_RANK": str(number), "GROUP_WORLD_SIZE": "2"}
+            machine = data_plane(directory / f"{number}.log", *common, **variables)
+            machines.append(stack.enter_context(machine))
+        yield machines
+
+
+def test_each_of_two_machines_starts_its_own_ranks(models: dict[str, Path], tmp_path: Path) -> None:
+    wanted = messages("machines")
+
+    async def main() -> None:
+        expected = await alone(models["llama"], wanted)
+        async with running_replica([first.port]) as replica:
+            await led(replica)
+            assert await together(replica, wanted) == expected
+
+    with two_machines(models["llama"], tmp_path) as (first, second):
+        first.ready(120)
+        assert [len(children(machine.pid)) for machine in (first, second)] == [1, 1]
+        asyncio.run(main())
+        # Whichever machine is told to end, the whole engine does in good order.
+        second.signal(signal.SIGTERM)
+        assert (first.wait(10), second.wait(10)) == (0, 0)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_rank_of_another_machine_ends_the_engine_whenever_it_is_lost(
+    early: bool, models: dict[str, Path], tmp_path: Path
+) -> None:
+    with two_machines(models["llama"], tmp_path) as (first, second):
+        if not early:
+            first.ready(120)
+        deadline = time.monotonic() + 120
+        while not children(second.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (child,) = children(second.pid)
+        os.kill(child, signal.SIGKILL)
+        # Of one that had no link yet, its own machine tells.
+        limit = 120 if early else END_SECONDS
+        assert first.wait(limit) == (EXIT_WORKER_FAILED if early else EXIT_RANK_LOST)
+        assert second.wait(limit) == EXIT_RANK_LOST
+        assert f"rank 3 (process {child}" in first.log()
+
+
 def test_heads_that_do_not_divide_are_refused_in_one_sentence(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -373,8 +425,8 @@ def test_heads_that_do_not_divide_are_refused_in_one_sentence(
 
 def test_a_place_is_taken_from_the_variables_of_torchrun() -> None:
     variables = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}
-    assert Place.of(None, {}) == Place()
-    assert Place.of(4, {}) == Place(size=4, local_size=4)
+    assert Place.of(None, {}) == Place(starts_others=True)
+    assert Place.of(4, {}) == Place(size=4, local_size=4, starts_others=True)
     assert Place.of(8, variables) == Place(5, 8, 0, 1, "node-a", 29500)
     torchrun = variables | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     assert Place.of(None, torchrun) == Place(5, 8, 1, 4, "node-a", 29500)
@@ -387,6 +439,19 @@ def test_a_place_is_taken_from_the_variables_of_torchrun() -> None:
             Place.of(wanted, variables | changed)
     with pytest.raises(ValueError, match="belong together, and MASTER_PORT is not set"):
         Place.of(None, {name: value for name, value in variables.items() if "PORT" not in name})
+    # A machine's first rank starts the others there, and these have variables of ranks.
+    machine = {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "9"}
+    assert Place.of(8, machine) == Place(4, 8, 0, 4, "a", 9, starts_others=True)
+    assert Place.of(8, machine | variables) == Place(5, 8, 0, 1, "node-a", 29500)
+    for wanted, changed, sentence in (
+        (None, {}, "2 machines do not divide tensor-parallel 1"),
+        (3, {}, "2 machines do not divide tensor-parallel 3"),
+        (2, {"GROUP_RANK": "2"}, "GROUP_RANK is 2, which is none of 2 machines"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            Place.of(wanted, machine | changed)
+    with pytest.raises(ValueError, match="belong together, and MASTER_ADDR is not set"):
+        Place.of(8, {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match="each rank needs its own"):
         Place(1, 2).device("cuda:1")
 
@@ -396,6 +461,8 @@ def test_a_link_is_for_those_who_know_the_secret() -> None:
     with listen("localhost") as door:
         port = door.getsockname()[1]
         assert door.getsockname()[0] == "127.0.0.1"
+        # A machine's own name is one for others, whatever address it has here.
+        assert loopback("127.3.2.1") == "127.3.2.1" and loopback(socket.gethostname()) is None
         there = Link.connect("127.0.0.1", port, secret, hello, 5)
         here = Link(door.accept()[0])
         assert here.hello(secret) == hello

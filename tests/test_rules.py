@@ -43,6 +43,7 @@ WIRE_MODULES = {
     "control_plane/engine_link.py",
     "control_plane/engine_wire.py",
     "control_plane/frontend.py",
+    "control_plane/otlp.py",
     "control_plane/admin_views.py",
     "control_plane/peer.py",
     "control_plane/prefixes/store.py",
@@ -52,6 +53,7 @@ WIRE_MODULES = {
     "control_plane/relay.py",
     "control_plane/server.py",
     "control_plane/settings.py",
+    "control_plane/traces.py",
     "control_plane/utf8.py",
 }
 PURE_MODULES = {
@@ -122,6 +124,13 @@ def test_grpc_and_redis_stay_at_the_edge() -> None:
         names = {each.split(".")[0] for each in imported(tree) - {"protos.logs"}}
         if names & {"grpc", "protos", "google", "grpc_health"}:
             assert name in WIRE_MODULES, name
+
+
+def test_one_module_knows_opentelemetry() -> None:
+    for package in PACKAGES:
+        for name, tree in sources(package):
+            if name != "control_plane/otlp.py":
+                assert "opentelemetry" not in top_level(tree), name
 
 
 def test_scheduler_and_block_pool_are_pure() -> None:

@@ -252,3 +252,24 @@ def test_the_time_goes_on_without_any_engine(llama: Model) -> None:
             await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(main())
+
+
+def test_only_so_many_calls_are_open_at_once(llama: Model) -> None:
+    """Also of those who all read the same generation, for which no queue has a limit."""
+
+    async def main() -> None:
+        async with running_stack(llama, max_calls=2) as stack:
+            calls = [stack.stub.Generate(long_request("same", 900)) for _ in range(2)]
+            for call in calls:
+                assert (await call.read()).HasField("accepted")
+            error = await failure(stack.generate(short_request("third")))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert wire.reasons(wire.error_details(error)) == ["TOO_MANY_CALLS"]
+            assert "2 calls are open at this replica" in str(error.details())
+            await stack.stub.Cancel(pb.CancelRequest(request_id="same"))
+            for call in calls:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+            assert len((await stack.generate(short_request("third"))).ids) == 4
+
+    asyncio.run(main())

@@ -192,6 +192,7 @@ class Counters:
             now: seconds, monotonic.
             shared: prompt tokens of the registered prefix that it begins with.
         """
+        generation.admitted_at = now
         request, counters = generation.request, self.engine(life.engine_id, generation.model)
         counters.prompt_tokens += len(request.prompt)
         if request.sampling.prompt_logprob_count < 0:
@@ -216,6 +217,7 @@ class Counters:
 
     def ended(self, generation: Generation, now: float) -> None:
         """Counts a request that does not go on anywhere."""
+        generation.ended_at = now
         counters = self.model(generation.model)
         reasons = {sample.ending.reason for sample in generation.samples if sample.ending}
         reason = next((reason for reason in _REASONS if reason in reasons), FinishReason.ERROR)

@@ -68,9 +68,16 @@ labels:
 {{ include "quire.fullname" . }}-control-plane.{{ include "quire.domain" . }}:7401
 {{- end -}}
 
-{{/* host:port of each engine's pod, separated by commas. */}}
+{{/* Name of what makes the engines' pods, and of the Service that names them. With several nodes it is another
+one, for an upgrade makes the new set before the old one goes, and short enough for what LeaderWorkerSet
+puts behind it to name StatefulSets of workers. */}}
+{{- define "quire.engineSet" -}}
+{{ include "quire.fullname" . }}-{{ ternary "engine" "data-plane" (gt (int .Values.dataPlane.nodes) 1) }}
+{{- end -}}
+
+{{/* host:port of each engine's first pod, separated by commas. */}}
 {{- define "quire.engines" -}}
-{{- $service := printf "%s-data-plane" (include "quire.fullname" .) -}}
+{{- $service := include "quire.engineSet" . -}}
 {{- $engines := list -}}
 {{- range $number := until (int .Values.dataPlane.replicas) -}}
 {{- $engines = append $engines (printf "%s-%d.%s.%s:7411" $service $number $service (include "quire.domain" $)) -}}

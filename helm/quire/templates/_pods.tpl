@@ -58,12 +58,17 @@ tls_ca: /etc/quire/tls/ca.crt
 {{- end -}}
 {{- end -}}
 
+{{/* GPUs of an engine's pod, each of which is a rank's. */}}
+{{- define "quire.ranks" -}}
+{{- div .Values.dataPlane.tensorParallel .Values.dataPlane.nodes -}}
+{{- end -}}
+
 {{/* MiB of host memory of an engine's pod. */}}
 {{- define "quire.dataPlaneMemoryMib" -}}
 {{- $plane := .Values.dataPlane -}}
 {{- $blocks := ternary 0 (int ($plane.kvMemoryMib | default 512)) $plane.gpu.enabled -}}
 {{- $ofRank := add $plane.memoryMib $plane.swapMemoryMib $blocks -}}
-{{- add $plane.sharedMemoryMib (mul $plane.tensorParallel $ofRank) -}}
+{{- add $plane.sharedMemoryMib (mul (include "quire.ranks" .) $ofRank) -}}
 {{- end -}}
 
 {{/* How many processes each rank compiles with: its share of the cores that are asked for, and torch's 32 at
@@ -71,7 +76,7 @@ most. torch itself would go by the node's cores, and each process takes memory. 
 {{- define "quire.compileThreads" -}}
 {{- $cpu := toString .Values.dataPlane.cpu -}}
 {{- $cores := ternary (divf (trimSuffix "m" $cpu) 1000) (float64 $cpu) (hasSuffix "m" $cpu) -}}
-{{- divf $cores .Values.dataPlane.tensorParallel | int | max 1 | min 32 -}}
+{{- divf $cores (include "quire.ranks" .) | int | max 1 | min 32 -}}
 {{- end -}}
 
 {{/* The password of Redis's user: given, else that of the last revision, else a random one; the same

@@ -62,8 +62,9 @@ class InferenceServiceServicer:
         prompt can never fit the engine's block pool
         NOT_FOUND           no engine serves `model`
         ALREADY_EXISTS      `request_id` of the caller's tenant is running with a different request
-        RESOURCE_EXHAUSTED  the wait queue is full (RetryInfo), or the request has waited in it for
-        longer than it may (ErrorInfo WAITED_TOO_LONG, RetryInfo)
+        RESOURCE_EXHAUSTED  the wait queue is full (ErrorInfo QUEUE_FULL, RetryInfo), the request has
+        waited in it for longer than it may (WAITED_TOO_LONG), or too many calls
+        are open (TOO_MANY_CALLS)
         UNAVAILABLE         no engine is attached, or this replica is draining
         DEADLINE_EXCEEDED   the call's deadline passed; its blocks are freed
         UNAUTHENTICATED     the bearer token in the metadata `authorization` is nobody's
