@@ -24,16 +24,25 @@ from pydantic_settings import CliApp
 from torch.distributed.distributed_c10d import Store
 
 from data_plane.calibrate import find_scales
+from data_plane.compiled import reason_of
 from data_plane.device import Device, device_of
 from data_plane.engine import Engine, EngineSizes
 from data_plane.follower import follow
 from data_plane.kv_scales import KV_DTYPE, KVScales
-from data_plane.load_progress import shown
+from data_plane.load_progress import pulse, shown
 from data_plane.memory import cache_bytes
 from data_plane.metrics.activity import Activity
 from data_plane.metrics.families import registry_of
 from data_plane.model import Model, ModelError, ModelFacts, load_model
-from data_plane.ranks import EXIT_BAD_MODEL, EXIT_WORKER_FAILED, Loss, Place, RankLost, Ranks
+from data_plane.ranks import (
+    BUILD_FACTOR,
+    EXIT_BAD_MODEL,
+    EXIT_WORKER_FAILED,
+    Loss,
+    Place,
+    RankLost,
+    Ranks,
+)
 from data_plane.service import EngineService, ServiceTimes, leaders_only, stable_engine_id
 from data_plane.settings import Settings
 from data_plane.step_runner import default_buckets
@@ -64,6 +73,13 @@ class SettingsError(Exception):
 REFUSALS = (ModelError, SettingsError, ValueError)
 
 
+def block_bytes(settings: Settings, facts: ModelFacts) -> int:
+    """Returns the bytes of a block on this rank."""
+    dtype = KV_DTYPE if settings.kv_dtype == "fp8" else facts.dtype
+    per_token = 2 * facts.layer_count * facts.local_kv_head_count * facts.head_size * dtype.itemsize
+    return per_token * settings.block_size
+
+
 def engine_sizes(
     settings: Settings, facts: ModelFacts, kv_bytes: int, group: TensorGroup
 ) -> EngineSizes:
@@ -72,10 +88,7 @@ def engine_sizes(
     Raises:
         SettingsError: there is too little.
     """
-    dtype = KV_DTYPE if settings.kv_dtype == "fp8" else facts.dtype
-    per_head = 2 * facts.layer_count * facts.head_size * dtype.itemsize
-    per_token = per_head * facts.local_kv_head_count
-    per_block = per_token * settings.block_size
+    per_block = block_bytes(settings, facts)
     count = group.minimum(settings.blocks or kv_bytes // per_block)
     if count < 1:
         raise SettingsError(
@@ -112,6 +125,18 @@ def check_settings(settings: Settings, facts: ModelFacts) -> None:
         )
 
 
+def check_room(settings: Settings, facts: ModelFacts, sizes: EngineSizes, device: Device) -> None:
+    """Raises SettingsError where a GPU has no room for the blocks; a CPU's pages come when used."""
+    if not device.asynchronous:
+        return
+    wanted, (free, _) = sizes.block_count * block_bytes(settings, facts), device.memory()
+    if wanted > free:
+        raise SettingsError(
+            f"{sizes.block_count} blocks take {wanted >> 20} MiB, "
+            f"and {free >> 20} MiB of the device's memory are free"
+        )
+
+
 def _decisive(settings: Settings) -> int:
     """A number for the settings that decide what ranks do together, and in which order."""
     own = {"model", "listen", "engine_id", "threads", "device", "config", "kv_scales"}
@@ -123,7 +148,7 @@ def _decisive(settings: Settings) -> int:
 
 
 def kv_memory(
-    settings: Settings, model: Model, device: Device, scales: KVScales | None, graph_count: int
+    settings: Settings, model: Model, device: Device, scales: KVScales | None, buckets: list[int]
 ) -> int:
     """Returns the bytes of device memory for the block pool."""
     if settings.kv_memory_mib or not device.asynchronous:
@@ -136,7 +161,7 @@ def kv_memory(
         step_tokens=settings.max_step_tokens,
         slot_count=settings.max_slots,
         max_length=settings.max_model_length or model.facts.max_model_length,
-        graph_count=graph_count,
+        buckets=buckets,
         scales=scales,
     )
 
@@ -148,6 +173,20 @@ def compiles_layers(settings: Settings, device: torch.device, group: TensorGroup
         log.info("the layers run eagerly: those of several ranks are not compiled")
         return False
     return wanted
+
+
+def capture_graphs(engine: Engine, group: TensorGroup) -> None:
+    """Captures the graphs of decodes; where that cannot be, the log says why.
+
+    Of several ranks it must be: others may have captured them, and would pad what this one does
+    not.
+    """
+    try:
+        engine.capture(partial(shown, what="capturing graphs"))
+    except Exception as error:
+        if group.size > 1:
+            raise
+        log.warning("decodes run without graphs: %s", reason_of(error))
 
 
 def build_engine(
@@ -186,6 +225,7 @@ def build_engine(
         name=settings.served_model_name or None,
         group=group,
     )
+    pulse.beat()
     check_settings(settings, model.facts)
     scales = None
     if settings.kv_dtype == "fp8":
@@ -197,17 +237,21 @@ def build_engine(
     if compiled:
         model.compile(scales, settings.block_size, partial(shown, what="compiling layers"))
     model.warm_up(scales, settings.block_size)
+    pulse.beat()
     place_of_steps = device_of(device)
     graphed = settings.graphs and place_of_steps.asynchronous
     buckets = default_buckets(settings.max_slots) if graphed else []
-    kv_bytes = kv_memory(settings, model, place_of_steps, scales, len(buckets))
+    kv_bytes = kv_memory(settings, model, place_of_steps, scales, buckets)
     sizes = engine_sizes(settings, model.facts, kv_bytes, group)
+    check_room(settings, model.facts, sizes, place_of_steps)
     log.info("allocating %d blocks of %d tokens", sizes.block_count, sizes.block_size)
     engine = Engine(
         model, sizes, kv_scales=scales, buckets=buckets, check=settings.check_invariants
     )
+    pulse.beat()
     engine.warm_up(partial(shown, what="compiling kernels"))
-    engine.capture(partial(shown, what="capturing graphs"))
+    capture_graphs(engine, group)
+    engine.rehearse()
     group.minimum(0)  # Waits for all: the engine is ready when every rank is.
     return engine
 
@@ -273,7 +317,9 @@ async def serve(
         log.critical("the engine failed: %s", loss.sentence)
         return loss.status
     worker.submit(ranks.stop)
-    worker.stop(STOP_SECONDS)
+    if not worker.stop(STOP_SECONDS):
+        log.critical("the engine failed: its worker does not end")
+        return EXIT_WORKER_FAILED
     return 0
 
 
@@ -310,7 +356,8 @@ def _lead(settings: Settings, place: Place, ranks: Ranks) -> int:
         worker = Worker()
         worker.start()
         building = worker.submit(partial(build_engine, settings, place, ranks.store))
-        engine = _result(building, ranks)
+        patience = BUILD_FACTOR * settings.hung_step_seconds
+        engine = _result(building, ranks, patience)
         engine.load_seconds = time.monotonic() - began
     except REFUSALS as error:
         print(f"cannot serve: {error}", file=sys.stderr)
@@ -321,14 +368,19 @@ def _lead(settings: Settings, place: Place, ranks: Ranks) -> int:
     return uvloop.run(serve(settings, worker, engine, tokenizer, ranks))
 
 
-def _result(building: Future[Engine], ranks: Ranks) -> Engine:
+def _result(building: Future[Engine], ranks: Ranks, patience: float) -> Engine:
     """Waits for the engine.
 
+    Args:
+        patience: seconds in which some rank must get on, if there are several.
+
     Raises:
-        RankLost: another rank has gone meanwhile, without which it is never built.
+        RankLost: another rank has gone meanwhile, without which it is never built, or hangs.
     """
     either: tuple[Future[Any], ...] = (building, ranks.lost)
-    wait(either, return_when=FIRST_COMPLETED)
+    while not wait(either, _WATCH_SECONDS, FIRST_COMPLETED).done:
+        if not ranks.alone and (loss := ranks.stalled(pulse.count, patience)):
+            raise RankLost(loss)
     error = building.exception() if building.done() else None
     if not building.done() or (error is not None and not isinstance(error, REFUSALS)):
         cause = ranks.cause()

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,7 +77,11 @@ class Device(Protocol):
         ...
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Returns what repeats `run` on the same memory; the result is overwritten each time."""
+        """Returns what repeats `run` on the same memory; the result is overwritten each time.
+
+        Raises:
+            RuntimeError: that cannot be; its cause says why. Steps run as before then.
+        """
         ...
 
 
@@ -149,7 +154,8 @@ class CudaDevice:
         self._results = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # One for all captures: libraries keep a workspace for each stream that they see.
         self._captures = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool: Any = None
+        # Memory that all graphs share.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def send(self, array: Array) -> Tensor:
         return upload(_tensor(array), self.torch_device)
@@ -208,15 +214,40 @@ class CudaDevice:
             run()
         torch.cuda.current_stream(self.torch_device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            result = run()
-        self._pool = self._pool or graph.pool()
+        try:
+            # Twice the same stream: torch's own context does not leave it where a capture fails.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, self._pool, stream):
+                result = run()
+        except Exception as error:
+            self._abandon_capture()
+            # Where a capture has become invalid its end fails, too: what came first is the reason.
+            raise RuntimeError("no graph can be captured") from error.__context__ or error
+        return _Replay(graph, result, run)
 
-        def replay() -> Tensor:
-            graph.replay()
-            return result
+    def _abandon_capture(self) -> None:
+        """Does what torch leaves undone where a capture has become invalid.
 
-        return replay
+        Its allocator would wait for the end of that capture for good, and free nothing meanwhile
+        that a second stream has used.
+        """
+        device = torch.cuda.current_device()
+        # An error says that it had ended.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """A captured graph, and what it was captured of: it holds addresses, and keeps no tensor."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Tensor
+    run: Callable[[], Tensor]
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.result
 
 
 def _tensor(array: Array) -> Tensor:

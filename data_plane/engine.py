@@ -22,6 +22,7 @@ from data_plane.metrics.meter import StepMeter
 from data_plane.model import Model
 from data_plane.plan import PlanColumns
 from data_plane.plan_check import check_plan
+from data_plane.rehearsal import every_move, largest_draw, largest_pass
 from data_plane.result import encode_result, encode_snapshot
 from data_plane.sampler import Draws, Rows, Scores, collect_scores, draw, score_prompt
 from data_plane.state import Awaited, Moves, ResidentState, StepBatch
@@ -165,23 +166,35 @@ class Engine:
     def warm_up(
         self, progress: Callable[[list[AttentionBatch]], Iterable[AttentionBatch]] = iter
     ) -> None:
-        """Compiles the kernels of every kind of step and move; called once, before `capture`.
+        """Compiles the kernels of every kind of step; called once, before `capture`.
 
-        On a CPU there are none. What a step or a move writes here, nobody reads.
+        On a CPU there are none. What a step writes here, nobody reads.
+        """
+        if self.device.asynchronous:
+            self.runner.warm_up(progress)
+
+    def capture(self, progress: Callable[[list[int]], Iterable[int]] = iter) -> None:
+        """Readies the graphs of the buckets; called once, before the first step.
+
+        Raises:
+            Exception: whatever keeps them from being captured; decodes run without them then.
+        """
+        self.runner.capture(progress)
+
+    def rehearse(self) -> None:
+        """Runs the largest step, draws and moves that there can be; called once, after `capture`.
+
+        So whatever comes later finds its memory taken. On a CPU it would only take time.
         """
         if not self.device.asynchronous:
             return
-        self.runner.warm_up(progress)
-        first, second = np.array([0]), np.array([1])
-        if self.sizes.block_count > 1:
-            self.cache.copy_blocks(first, second)
-        if self.sizes.host_block_count:
-            self.cache.swap_out(first, first)
-            self.cache.swap_in(first, first)
-
-    def capture(self, progress: Callable[[list[int]], Iterable[int]] = iter) -> None:
-        """Readies the graphs of the buckets; called once, before the first step."""
-        self.runner.capture(progress)
+        logits = largest_pass(self.model, self.cache, self.sizes.step_tokens)
+        vocabulary, send = self.state.sampling.vocabulary_size, self.device.send
+        drawn = largest_draw(logits, self.tokens.tokens, vocabulary, send)
+        with self.device.moving():
+            every_move(self.cache)
+        self.device.await_moves()
+        self.device.fetch(drawn).wait()
 
     def forget(self, launched: Launched) -> None:
         """Takes a step off that was finished; they are finished in the order of their launch."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from data_plane.engine import Engine, Launched
+from data_plane.load_progress import pulse
 from data_plane.plan import PlanError, decode_plan
 from data_plane.rank_link import Kind, Link, LinkEnded
 from data_plane.ranks import (
@@ -66,10 +67,11 @@ def follow(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: link.send(Kind.STOP))
         while (loss := follower.trouble(refusals, hung_seconds)) is None:
+            follower.tell_progress()
             if not follower.obey(_WATCH_SECONDS):
-                worker.stop(stop_seconds)
+                stopped = worker.stop(stop_seconds)
                 end(children.values(), stop_seconds)
-                return 0
+                return 0 if stopped else EXIT_WORKER_FAILED
         kind, sentence, status = loss
         link.send(kind, sentence.encode())
     except (LinkEnded, dist.DistError) as error:
@@ -112,6 +114,15 @@ class _Follower:
             self._wait_for_the_end(SETTLE_SECONDS)
             return Kind.FAILED, sentence, EXIT_RANK_LOST
         return None
+
+    def tell_progress(self) -> None:
+        """Tells rank 0 how far the engine is, while it is built.
+
+        Raises:
+            LinkEnded: rank 0 is gone.
+        """
+        if not self._engine.done():
+            self._link.send(Kind.PROGRESS, pulse.count.to_bytes(8, "little"))
 
     def obey(self, seconds: float) -> bool:
         """Takes a frame, if one comes in the given time; returns False where it was the last.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import weakref
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,9 @@ import kernels
 from data_plane.kv_scales import KV_DTYPE, KVScales
 
 BlockIds = NDArray[np.integer[Any]]
+
+# cudaHostRegisterPortable and cudaHostRegisterMapped: for all devices, at the same addresses.
+_REGISTERED_FOR_KERNELS = 1 | 2
 
 
 class KVCache:
@@ -45,8 +51,9 @@ class KVCache:
         device: torch.device | str = "cpu",
         scales: KVScales | None = None,
     ) -> None:
-        """Raises ValueError for a count below 1 (host_block_count: below 0), and for scales
-        of another shape, without need, or missing for a dtype of float8_e4m3fn."""
+        """Raises ValueError for a count below 1 (host_block_count: below 0), for host blocks that
+        cannot be pinned, and for scales of another shape, without need, or missing for a dtype of
+        float8_e4m3fn."""
         counts = (layer_count, block_count, kv_head_count, block_size, head_size)
         if min(counts) < 1 or host_block_count < 0:
             raise ValueError(f"counts must be positive: {counts}, {host_block_count} on the host")
@@ -59,9 +66,11 @@ class KVCache:
         self.device = torch.device(device)
         block_shape = (layer_count, 2, kv_head_count, block_size, head_size)
         slab = torch.empty((block_count, *block_shape), dtype=dtype, device=self.device)
-        host_slab = torch.empty(
-            (host_block_count, *block_shape), dtype=dtype, pin_memory=self.device.type == "cuda"
-        )
+        host_shape = (host_block_count, *block_shape)
+        if self.device.type == "cuda" and host_block_count:
+            host_slab = pinned(self, host_shape, dtype, self.device)
+        else:
+            host_slab = torch.empty(host_shape, dtype=dtype)
         self.slab = slab.transpose(0, 1)
         self.host_slab = host_slab.transpose(0, 1)
         self.bytes_per_block = slab[0].numel() * dtype.itemsize
@@ -110,6 +119,39 @@ class KVCache:
         if len(host_blocks):
             ids = _ids(host_blocks), _ids(device_blocks)
             kernels.swap_blocks(self.host_slab, self.slab, *ids)
+
+
+def pinned(
+    owner: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Host memory that a GPU reads and writes in place, until its owner is gone.
+
+    It is no more than asked for. What torch itself pins is rounded up to a power of two, so that
+    40 GiB would be 64.
+
+    Raises:
+        ValueError: the system does not allow it.
+    """
+    size = prod(shape) * dtype.itemsize
+    wanted = f"{size >> 20} MiB of host memory for swapped blocks"
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ValueError(f"{wanted}: {error.strerror}") from error
+    slab = torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device):
+        status = runtime.cudaHostRegister(slab.data_ptr(), size, _REGISTERED_FOR_KERNELS)
+    if int(status):
+        raise ValueError(f"{wanted} cannot be pinned: {runtime.cudaGetErrorString(status)}")
+    weakref.finalize(owner, _unpin, slab, device).atexit = False
+    return slab
+
+
+def _unpin(slab: Tensor, device: torch.device) -> None:
+    """Also keeps the memory until here."""
+    torch.cuda.synchronize(device)
+    torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())  # type: ignore[no-untyped-call]
 
 
 def _check_scales(scales: KVScales | None, dtype: torch.dtype, shape: tuple[int, int]) -> None:

@@ -18,6 +18,22 @@ Item = TypeVar("Item")
 _WEIGHTS = "Loading weights"
 
 
+class Pulse:
+    """Counts what a start gets done, so that whoever waits for it sees whether it gets on.
+
+    There is one for a process, as there is one log. Ranks that have done the same count the same.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def beat(self) -> None:
+        self.count += 1
+
+
+pulse = Pulse()
+
+
 class LoadProgress:
     """Counts the bytes of weights as they arrive, and shows them twice a second.
 
@@ -38,6 +54,7 @@ class LoadProgress:
     def advance(self, count: int) -> None:
         """Note that so many more bytes are where they will stay."""
         self._done += count
+        pulse.beat()
         now = time.monotonic()
         if now - self._said >= EVERY_SECONDS and self._done < self._total:
             self._said = now
@@ -66,6 +83,7 @@ def shown(items: Collection[Item], what: str) -> Iterator[Item]:
             said = time.monotonic()
             _say(what, 100 * done // len(items))
         yield item
+        pulse.beat()
     if items:
         _say(what, 100)
         if sys.stderr.isatty():

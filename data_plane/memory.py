@@ -7,20 +7,22 @@ at once, and nothing grows after that.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
 from data_plane.device import Device
 from data_plane.kv_cache import KVCache
 from data_plane.kv_scales import KVScales, cache_dtype
 from data_plane.model import Model
+from data_plane.rehearsal import largest_pass
 from data_plane.sampler import CHUNK_ELEMENTS
-from kernels import AttentionBatch
 
 # What the sampler has of a chunk of logits at a time, sorting included: some float64 and int64
 # tensors. Nearly twice what was seen on a CPU with a nucleus of 128,000 tokens.
 _SAMPLER_BYTES = 14 * 8 * CHUNK_ELEMENTS
 # What a captured graph takes beside the tensors that all graphs share.
 _GRAPH_BYTES = 8 << 20
+# What cuBLAS and cuBLASLt keep for the stream of captures: 32 MiB each from sm_90 on, less before.
+_WORKSPACE_BYTES = 64 << 20
 
 
 def cache_bytes(
@@ -32,7 +34,7 @@ def cache_bytes(
     step_tokens: int,
     slot_count: int,
     max_length: int,
-    graph_count: int,
+    buckets: Sequence[int],
     scales: KVScales | None = None,
 ) -> int:
     """Returns the bytes that the KV cache may take, at least 0.
@@ -40,12 +42,16 @@ def cache_bytes(
     Args:
         share: of the device's memory, what this process may use in all, in (0, 1].
         max_length: tokens of one sequence.
+        buckets: those of which graphs are captured, in rows.
     """
     free, total = device.memory()
-    # All logits of a chunk are wanted where a prompt's log-probabilities are.
+    facts, graphs = model.facts, 0
     largest = _step_bytes(model, device, block_size, step_tokens, scales)
-    decode = _step_bytes(model, device, block_size, slot_count, scales)
-    graphs = decode + graph_count * _GRAPH_BYTES if graph_count else 0
+    if buckets:
+        # What all graphs share, and where all of them leave their logits.
+        graphs = _step_bytes(model, device, block_size, max(buckets), scales)
+        graphs += max(buckets) * facts.vocabulary_size * facts.dtype.itemsize
+        graphs += _WORKSPACE_BYTES + len(buckets) * _GRAPH_BYTES
     # Tokens of all slots, a copy of some of them while samples fork, and block tables of graphs.
     tables = 4 * slot_count * (2 * max_length + -(-max_length // block_size))
     used = total - free + largest + graphs + tables + _SAMPLER_BYTES
@@ -53,32 +59,13 @@ def cache_bytes(
 
 
 def _step_bytes(
-    model: Model,
-    device: Device,
-    block_size: int,
-    tokens: int,
-    scales: KVScales | None,
+    model: Model, device: Device, block_size: int, tokens: int, scales: KVScales | None
 ) -> int:
     """Bytes that a pass over so many tokens takes beside weights and cache, logits of all in it."""
-    facts, place = model.facts, device.torch_device
-    length = min(tokens, facts.max_model_length)
+    facts = model.facts
     # Layers are not compiled for a cache of one block.
-    blocks = max(-(-length // block_size), 2)
+    blocks = max(-(-min(tokens, facts.max_model_length) // block_size), 2)
     dtype = cache_dtype(facts.dtype, scales)
-    geometry = (facts.local_kv_head_count, block_size, facts.head_size, dtype, place)
+    geometry = (facts.local_kv_head_count, block_size, facts.head_size, dtype, device.torch_device)
     cache = KVCache(facts.layer_count, blocks, 0, *geometry, scales)
-    # Sequences that share one table: nobody reads what they compute.
-    starts = torch.arange(0, tokens + length, length).clamp(max=tokens).to(torch.int32)
-    count = len(starts) - 1
-    positions = torch.arange(tokens) % length
-    batch = AttentionBatch.build(
-        starts,
-        starts.diff(),
-        torch.arange(blocks, dtype=torch.int32).repeat(count, 1),
-        torch.where(torch.arange(tokens) < length, positions, -1),
-        0,
-        device=place,
-    )
-    at = positions.to(place)
-    rows = torch.arange(tokens, device=place)
-    return device.peak_bytes(lambda: model.forward(torch.zeros_like(at), at, batch, cache, rows))
+    return device.peak_bytes(lambda: largest_pass(model, cache, tokens))

@@ -12,11 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule
 from torch.nn import functional
+
+# As Python's operator module and its methods name them, without underscores.
+_WRITING_OPERATORS = {
+    "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift",
+    "isub", "itruediv", "ixor", "setitem",
+}  # fmt: skip
 
 
 class PartOfProduct(nn.Linear):
@@ -59,9 +67,9 @@ def seeing_siblings(module: nn.Module) -> Iterator[Callable[[], list[list[nn.Lin
     """Sees what a module's Linear layers are given while this is open.
 
     What it yields returns the groups of plain layers that can be merged: children of one module
-    that were given the very same tensors.
+    that were given the very same tensors, in which nothing was written meanwhile.
     """
-    inputs: dict[nn.Linear, list[Tensor]] = {}
+    inputs: dict[nn.Linear, list[_Given]] = {}
     hooks = []
     for layer in module.modules():
         if type(layer) is nn.Linear and not layer._forward_hooks:
@@ -75,27 +83,42 @@ def seeing_siblings(module: nn.Module) -> Iterator[Callable[[], list[list[nn.Lin
             hook.remove()
 
 
-def _seeing(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda layer, given: seen.append(given[0])
+class _Given(NamedTuple):
+    """A tensor, kept so that no other one has its id, and the bytes that were in it."""
+
+    tensor: Tensor
+    contents: bytes
 
 
-def _groups(module: nn.Module, inputs: dict[nn.Linear, list[Tensor]]) -> Iterator[list[nn.Linear]]:
+def _seeing(seen: list[_Given]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def see(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        contents = given[0].reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+        seen.append(_Given(given[0], contents))
+
+    return see
+
+
+def _groups(module: nn.Module, inputs: dict[nn.Linear, list[_Given]]) -> Iterator[list[nn.Linear]]:
     for parent in module.modules():
         groups: dict[object, list[nn.Linear]] = {}
         for child in parent.children():
             if isinstance(child, nn.Linear) and inputs.get(child):
-                # The tensors are kept until here, so that no two have one id.
-                given = tuple(map(id, inputs[child]))
+                given = tuple((id(tensor), contents) for tensor, contents in inputs[child])
                 groups.setdefault((given, child.weight.dtype, child.bias is None), []).append(child)
         yield from (group for group in groups.values() if len(group) > 1)
 
 
 def share_products(graph: GraphModule) -> int:
-    """Makes one of products whose operands are the same; returns how many that saves."""
+    """Makes one of products whose operands are the same; returns how many that saves.
+
+    What is written in place may be an operand, or a view of one: from there on none is the same.
+    """
     seen: dict[object, torch.fx.Node] = {}
     saved = 0
     for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target is functional.linear:
+        if _may_write(node):
+            seen.clear()
+        elif node.op == "call_function" and node.target is functional.linear:
             first = seen.setdefault((node.args, *node.kwargs.items()), node)
             if first is not node:
                 node.replace_all_uses_with(first)
@@ -104,3 +127,18 @@ def share_products(graph: GraphModule) -> int:
     if saved:
         graph.recompile()
     return saved
+
+
+def _may_write(node: torch.fx.Node) -> bool:
+    """Whether a node may write to a tensor that is there before it."""
+    if node.op not in ("call_function", "call_method"):
+        return node.op == "call_module"
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.is_mutable
+    if isinstance(node.target, OpOverloadPacket):
+        names = node.target.overloads()  # type: ignore[no-untyped-call]
+        return any(getattr(node.target, each)._schema.is_mutable for each in names)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    asked_to = any(given is True for given in (*node.args, node.kwargs.get("inplace")))
+    return in_place or asked_to or "out" in node.kwargs or name.strip("_") in _WRITING_OPERATORS

@@ -33,7 +33,7 @@ _KEEPALIVE = {
 
 
 class Kind(enum.IntEnum):
-    """What a frame says; PLAN to STOP come from rank 0, STOP to FAILED go to it."""
+    """What a frame says; PLAN to STOP come from rank 0, STOP to PROGRESS go to it."""
 
     HELLO = 1
     PLAN = 2
@@ -42,6 +42,7 @@ class Kind(enum.IntEnum):
     STOP = 5
     REFUSED = 6
     FAILED = 7
+    PROGRESS = 8
 
 
 class LinkEnded(Exception):
@@ -155,3 +156,12 @@ def listen(host: str) -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))
+
+
+def _loopback(host: str) -> str | None:
+    """The address of a name, if that is of the loopback interface."""
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return None
+    return address if address.startswith("127.") else None

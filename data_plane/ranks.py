@@ -43,6 +43,9 @@ START_SECONDS = 600.0
 # A death makes the other ranks' collectives fail at almost the same time: whoever hears of one
 # such thing waits so long for the rest, to tell the cause from what follows from it.
 SETTLE_SECONDS = 0.25
+# Times the limit of a step, for parts of a start: large tensors come over a network, and memory is
+# pinned.
+BUILD_FACTOR = 10
 _POLL_SECONDS = 0.1
 _LOOPBACK = "127.0.0.1"
 _MEETING = "quire/links"
@@ -173,6 +176,10 @@ class Ranks:
         # 0 is a death without a word, 1 a complaint, which may follow from the death of another.
         self._heard: list[tuple[int, Loss]] = []
         self._ending = False
+        # While the engine is built: how far each rank is, and when it said so; by rank.
+        self._progress: dict[int, tuple[int, float]] = {}
+        self._names = {0: "rank 0"}
+        self._got_on = time.monotonic()
 
     @property
     def alone(self) -> bool:
@@ -223,8 +230,14 @@ class Ranks:
                     link.close()
                     continue
                 self._links[hello.rank] = link
+                where = "" if hello.rank in self._children else f" on {hello.host}"
+                self._names[hello.rank] = f"rank {hello.rank} (process {hello.process_id}{where})"
+                self._note_progress(hello.rank, 0)
                 threading.Thread(
-                    target=self._listen, args=(link, hello), name=f"rank-{hello.rank}", daemon=True
+                    target=self._listen,
+                    args=(link, hello.rank),
+                    name=f"rank-{hello.rank}",
+                    daemon=True,
                 ).start()
 
     def send(self, kind: Kind, payload: bytes = b"") -> None:
@@ -254,11 +267,32 @@ class Ranks:
         self._ending = True
         end(self._children.values(), seconds)
 
-    def _listen(self, link: Link, hello: Hello) -> None:
+    def stalled(self, own_count: int, seconds: float) -> Loss | None:
+        """Says which rank is behind, if none has got on for so long; while the engine is built.
+
+        A rank that waits for another is ahead of it, or has been heard of since.
+
+        Args:
+            own_count: the pulse of rank 0.
+        """
+        self._note_progress(0, own_count)
+        with self._lock:
+            if time.monotonic() - self._got_on < seconds:
+                return None
+            rank = min(self._progress, key=self._progress.__getitem__)
+        sentence = f"{self._names[rank]} does not get on: {seconds:g} s have brought nothing"
+        return Loss(sentence, EXIT_RANK_LOST if rank else EXIT_WORKER_FAILED)
+
+    def _note_progress(self, rank: int, count: int) -> None:
+        with self._lock:
+            before, _ = self._progress.get(rank, (-1, 0.0))
+            self._progress[rank] = count, time.monotonic()
+            if count > before:
+                self._got_on = time.monotonic()
+
+    def _listen(self, link: Link, rank: int) -> None:
         """Hears what a rank says until it is gone; in a thread of its own."""
-        child = self._children.get(hello.rank)
-        where = f"process {hello.process_id}" + (f" on {hello.host}" if child is None else "")
-        name, complained = f"rank {hello.rank} ({where})", False
+        child, name, complained = self._children.get(rank), self._names[rank], False
         try:
             while True:
                 frame = link.receive()
@@ -266,6 +300,9 @@ class Ranks:
                     continue
                 if frame[0] is Kind.STOP:
                     self.asked_to_stop.set()
+                    continue
+                if frame[0] is Kind.PROGRESS:
+                    self._note_progress(rank, int.from_bytes(frame[1], "little"))
                     continue
                 kind, sentence = frame[0], frame[1].decode(errors="replace")
                 status = EXIT_BAD_MODEL if kind is Kind.REFUSED else EXIT_WORKER_FAILED

@@ -26,11 +26,16 @@ from kernels import AttentionBatch, steps_of_all_kinds
 class _Columns:
     """The columns of decodes, as long as the largest bucket; a bucket is the beginning of each.
 
+    All that a graph reads is here or in the model and its cache: it keeps nothing alive itself.
+
     Attributes:
+        rows: int64 [B], and starts: int32 [B + 1], both 0, 1, 2, ..: each row is one query.
         places: int64 [B], where in the token table each row's last token is.
         positions, slot_mapping: int64 [B]; context_lengths: int32 [B]; block_tables: int32 [B, W].
     """
 
+    rows: Tensor
+    starts: Tensor
     places: Tensor
     positions: Tensor
     slot_mapping: Tensor
@@ -39,11 +44,13 @@ class _Columns:
 
     @classmethod
     def empty(cls, rows: int, width: int, device: torch.device) -> _Columns:
+        numbers = torch.arange(rows, device=device)
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         longs = torch.zeros((3, rows), dtype=torch.int64, device=device)
         longs[2] = -1
         contexts = torch.zeros(rows, dtype=torch.int32, device=device)
         tables = torch.zeros((rows, width), dtype=torch.int32, device=device)
-        return cls(longs[0], longs[1], longs[2], contexts, tables)
+        return cls(numbers, starts, longs[0], longs[1], longs[2], contexts, tables)
 
 
 def default_buckets(slot_count: int, largest: int = 256) -> list[int]:
@@ -103,9 +110,17 @@ class StepRunner:
 
         Args:
             progress: shows how far it is while it yields what it is given.
+
+        Raises:
+            Exception: whatever keeps one from it; there are no buckets then.
         """
-        for size in progress(self._buckets[::-1]):
-            self._graphs[size] = self._device.capture(self._decode_of(size))
+        try:
+            for size in progress(self._buckets[::-1]):
+                self._graphs[size] = self._device.capture(self._decode_of(size))
+        except BaseException:
+            self._buckets, self._graphs, self._logits = [], {}, None
+            self.bucket_steps = {}
+            raise
 
     def run(self, batch: StepBatch) -> Tensor:
         """Computes a step, writes its keys and values; returns logits [L, V] of `logit_rows`."""
@@ -155,9 +170,8 @@ class StepRunner:
 
     def _decode_of(self, size: int) -> Callable[[], Tensor]:
         """A forward pass of the first rows of the columns, whatever is in them when it runs."""
-        columns, device = self._columns, self._device.torch_device
-        rows = torch.arange(size, device=device)
-        batch = _decodes(columns, size)
+        columns = self._columns
+        rows, batch = columns.rows[:size], _decodes(columns, size)
 
         def run() -> Tensor:
             ids = self._tokens.view(-1).index_select(0, columns.places[:size]).long()
@@ -169,10 +183,10 @@ class StepRunner:
         return run
 
     def _kept(self, logits: Tensor) -> Tensor:
-        """Brings logits to where those of every bucket are, which the largest one makes."""
+        """Brings logits to where those of every bucket are; the first one that runs makes it."""
         if self._logits is None:
-            self._logits = torch.empty_like(logits)
-        return self._logits[: len(logits)].copy_(logits)
+            self._logits = logits.new_empty((self._buckets[-1], logits.shape[1]))
+        return self._logits[: len(logits)].copy_(logits, non_blocking=True)
 
 
 def _decodes(columns: _Columns, size: int) -> AttentionBatch:
@@ -181,19 +195,18 @@ def _decodes(columns: _Columns, size: int) -> AttentionBatch:
     On a GPU decodes are cut up by what is on the device; the columns in host memory say no more
     than how many there are.
     """
-    starts = torch.arange(size + 1, dtype=torch.int32)
+    starts = columns.starts[: size + 1]
     contexts, tables = columns.context_lengths[:size], columns.block_tables[:size]
     mapping = columns.slot_mapping[:size]
     if contexts.device.type == "cpu":
         return AttentionBatch.build(starts, contexts, tables, mapping, size)
     host = AttentionBatch.build(
-        starts,
+        torch.arange(size + 1, dtype=torch.int32),
         torch.zeros(size, dtype=torch.int32),
         torch.zeros((size, 1), dtype=torch.int32),
         torch.full((size,), -1),
         size,
     )
-    starts = starts.to(contexts.device)
     return AttentionBatch(starts, contexts, tables, mapping, size, host.host)
 
 

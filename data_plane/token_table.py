@@ -40,7 +40,7 @@ class TokenTable:
                 rows.slots.tolist(), ends, rows.token_counts.tolist(), strict=True
             ):
                 row = self._device.send(rows.token_ids[end - count : end])
-                self.tokens[slot, :count].copy_(row)
+                self.tokens[slot, :count].copy_(row, non_blocking=True)
 
     def copy(self, parents: Int32Array, children: Int32Array) -> None:
         """Makes rows copies of others, all at once: a parent may be another's child."""

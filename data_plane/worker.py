@@ -120,12 +120,16 @@ class Worker:
         self._thread.start()
         self._waiter.start()
 
-    def stop(self, seconds: float | None = None) -> None:
-        """Lets the jobs that are queued run, and those that are begun finish, for some time."""
+    def stop(self, seconds: float | None = None) -> bool:
+        """Lets the jobs that are queued run, and those that are begun finish, for some time.
+
+        Returns whether its threads have ended.
+        """
         deadline = None if seconds is None else time.monotonic() + seconds
         self._jobs.put(_Job(lambda: self._begun.put(None)))
         for thread in (self._waiter, self._thread):
             thread.join(None if deadline is None else max(deadline - time.monotonic(), 0))
+        return not (self._waiter.is_alive() or self._thread.is_alive())
 
     async def call(self, function: Callable[[], T]) -> T:
         """Runs any function on the engine's thread."""

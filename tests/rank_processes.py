@@ -19,7 +19,11 @@ _warm = multiprocessing.get_context("forkserver")
 _warm.set_forkserver_preload(["data_plane.__main__"])
 
 
-def _run(flags: list[str], variables: dict[str, str], log: Path, faulty_step: int) -> None:
+# The step at which a faulty rank fails, or hangs.
+FAULTY_STEP = 3
+
+
+def _run(flags: list[str], variables: dict[str, str], log: Path, fault: str) -> None:
     """A rank's process, as ``python -m data_plane`` has it."""
     from data_plane import __main__ as data_plane
 
@@ -28,17 +32,20 @@ def _run(flags: list[str], variables: dict[str, str], log: Path, faulty_step: in
         os.dup2(sink.fileno(), 2)
     os.environ.update(variables)
     sys.argv = ["data_plane", *flags]
-    if faulty_step:
-        _plant_fault(data_plane.Engine, faulty_step)
+    if fault:
+        _plant_fault(data_plane.Engine, hangs=fault == "hangs")
     sys.exit(data_plane.main())
 
 
-def _plant_fault(engine: type, faulty_step: int) -> None:
+def _plant_fault(engine: type, *, hangs: bool) -> None:
     launch: Callable[..., object] = engine.launch  # type: ignore[attr-defined]
 
     def faulty(self: object, plan: object, *rest: object) -> object:
-        if plan.step == faulty_step:  # type: ignore[attr-defined]
-            raise RuntimeError("planted")
+        if plan.step == FAULTY_STEP:  # type: ignore[attr-defined]
+            if not hangs:
+                raise RuntimeError("planted")
+            print("planted: it hangs", flush=True)
+            time.sleep(1000)
         return launch(self, plan, *rest)
 
     engine.launch = faulty  # type: ignore[attr-defined]
@@ -48,11 +55,18 @@ class RankProcesses:
     """All ranks of one engine; killed at the end whatever happens.
 
     Args:
-        faulty: a rank whose worker raises on step 3.
+        faulty: a rank whose worker raises on step 3, or hangs.
     """
 
     def __init__(
-        self, model: Path, size: int, directory: Path, *flags: str, port: int = 0, faulty: int = -1
+        self,
+        model: Path,
+        size: int,
+        directory: Path,
+        *flags: str,
+        port: int = 0,
+        faulty: int = -1,
+        fault: str = "raises",
     ) -> None:
         self.port = port or free_port()
         self.log = directory / f"ranks-{self.port}-{time.monotonic_ns()}.log"
@@ -62,7 +76,8 @@ class RankProcesses:
         self.processes = []
         for rank in range(size):
             place = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-            arguments = ([*common, *flags], place | meeting, self.log, 3 * (rank == faulty))
+            planted = fault if rank == faulty else ""
+            arguments = ([*common, *flags], place | meeting, self.log, planted)
             self.processes.append(_warm.Process(target=_run, args=arguments, daemon=True))
 
     def ready(self) -> None:

@@ -7,6 +7,7 @@ let inductor make code for the CPU, for which it calls a C++ compiler.
 from __future__ import annotations
 
 import logging
+import operator
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
@@ -26,7 +27,7 @@ from data_plane.__main__ import build_engine, compiles_layers
 from data_plane.calibrate import find_scales
 from data_plane.compiled import layers_of
 from data_plane.kv_cache import KVCache
-from data_plane.merged_linear import PartOfProduct
+from data_plane.merged_linear import PartOfProduct, merge, seeing_siblings, share_products
 from data_plane.model import Model, load_model
 from data_plane.settings import Settings
 from data_plane.tensor_parallel import TensorGroup
@@ -131,6 +132,61 @@ def test_products_of_one_input_are_one(
     # Not compiled, each is its own product again.
     model.compiled.eager = True
     assert torch.equal(run_model(model), eager)
+
+
+class Siblings(nn.Module):
+    """Two products of one input, between which something may happen to it."""
+
+    def __init__(self, between: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(4, 4, bias=False) for _ in range(2))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        product = self.first(x)
+        self.between(x)
+        return product + self.second(x)
+
+
+def _set_item(x: Tensor) -> None:
+    x[0] = 3.0
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "method": lambda x: x.add_(1),
+    "of a view": lambda x: x[:, :2].mul_(2),
+    "operator": lambda x: operator.iadd(x, 1),
+    "item": _set_item,
+    "out": lambda x: torch.add(x, 1, out=x),
+    "inplace": lambda x: functional.relu(x, inplace=True),
+    "function": lambda x: torch.relu_(x),
+    "custom": lambda x: torch.ops.aten.add_.Tensor(x, x),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@torch.inference_mode()
+def test_products_before_and_after_a_write_stay_two(write: str) -> None:
+    saved: list[int] = []
+
+    def backend(graph: GraphModule, inputs: list[Any]) -> Any:
+        saved.append(share_products(graph))
+        return graph.forward
+
+    given = torch.randn(3, 4)
+    for between, count in ((WRITES[write], 0), (lambda x: x.neg().clone(), 1)):
+        module = Siblings(between).requires_grad_(False)
+        expected = module(given)
+        with seeing_siblings(module) as groups:
+            module(given)
+            assert len(groups()) == count
+        # Where they are merged nevertheless, the graph is what decides.
+        merge([module.first, module.second])
+        torch._dynamo.reset()
+        found = torch.compile(module, backend=backend, fullgraph=True)(given)
+        torch.testing.assert_close(found, expected)
+        assert saved.pop() == count and not saved
 
 
 @needs_gcc

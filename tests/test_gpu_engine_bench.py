@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from data_plane.engine import Engine, EngineSizes
 SIZES = EngineSizes(
     block_size=8, block_count=64, host_block_count=0, slot_count=6, step_tokens=32, max_length=96
 )
+MEMORY = ("reserved_bytes", "retries", "mallocs", "host_mallocs")
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +278,7 @@ def test_memory_that_is_taken_after_start_is_a_failure(
     taken = iter((100, 300, 300, 300 + grows))
 
     def counters(_: Device) -> dict[str, int]:
-        return {"reserved_bytes": next(taken), "retries": 0, "mallocs": 0, "host_mallocs": 0}
+        return dict.fromkeys(MEMORY, 0) | {"reserved_bytes": next(taken)}
 
     monkeypatch.setattr(Device, "memory_counters", counters)
     figures = engine_checks.run(cases.EngineCheck("tiny-llama", "memory"), tiny, cpu)
@@ -305,6 +307,37 @@ def test_fused_layers_are_those_of_the_fused_cells(
             assert tiny.model.compiled.eager != fused
             steps.step(cases.Step("tiny-llama", 2, 20, fused=fused), tiny, cpu)
     assert tiny.model.compiled.pieces == 2 and tiny.model.compiled.missed == 0
+    models.drop()
+
+
+@pytest.mark.parametrize("what", ["tokens", "memory"])
+def test_what_an_engine_promises_is_checked_as_it_runs_by_default(
+    what: str, models: Models, cpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fused layers in graphs, which a dry run alone leaves out."""
+    loaded = models.get("tiny-llama")
+    monkeypatch.setattr(compiled, "code_of", lambda graph, inputs: graph.forward)
+    monkeypatch.setattr(loaded.model, "compiled", None)
+    ran: list[tuple[bool, bool]] = []
+
+    def run(engine: Engine) -> None:
+        layers = loaded.model.compiled
+        ran.append((layers is not None and not layers.eager, bool(engine.runner._buckets)))
+
+    def greedy(engine: Engine, prompts: list[list[int]], _: int) -> list[list[int]]:
+        run(engine)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(engine_checks, "_greedy", greedy)
+    monkeypatch.setattr(engine_checks, "_mixed", lambda engine, *_: run(engine))
+    monkeypatch.setattr(engine_checks, "_generate", lambda *_: [])
+    monkeypatch.setattr(Device, "memory_counters", lambda _: dict.fromkeys(MEMORY, 0))
+    figures = engine_checks.run(
+        cases.EngineCheck("tiny-llama", what), loaded, replace(cpu, dry=False)
+    )
+    assert "failed" not in figures
+    ways = [(False, False), (False, True), (True, True)]
+    assert ran == (ways if what == "tokens" else ways[2:] * 3)
     models.drop()
 
 

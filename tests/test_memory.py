@@ -36,7 +36,7 @@ def model(tmp_path: object) -> Model:
     return load_model(tiny_model("llama", tmp_path), dtype="float32")  # type: ignore[arg-type]
 
 
-def _sized(model: Model, monkeypatch: pytest.MonkeyPatch, **changes: float) -> int:
+def _sized(model: Model, monkeypatch: pytest.MonkeyPatch, **changes: object) -> int:
     device = CountedDevice(model)
     forward = model.forward
 
@@ -46,8 +46,8 @@ def _sized(model: Model, monkeypatch: pytest.MonkeyPatch, **changes: float) -> i
 
     monkeypatch.setattr(model, "forward", counted)
     settings = {
-        "share": 0.9, "block_size": 16, "step_tokens": 1024, "slot_count": 8, "graph_count": 4,
-        "max_length": 100,
+        "share": 0.9, "block_size": 16, "step_tokens": 1024, "slot_count": 8, "max_length": 100,
+        "buckets": (1, 2, 4, 8),
     } | changes  # fmt: skip
     size = cache_bytes(model, device, **settings)  # type: ignore[arg-type]
     monkeypatch.undo()
@@ -57,11 +57,12 @@ def _sized(model: Model, monkeypatch: pytest.MonkeyPatch, **changes: float) -> i
 def test_the_cache_gets_what_nothing_else_needs(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graphs = (8 << 20) + 4 * memory._GRAPH_BYTES
+    logits = 8 * model.facts.vocabulary_size * 4
+    graphs = (8 << 20) + logits + memory._WORKSPACE_BYTES + 4 * memory._GRAPH_BYTES
     tables = 4 * 8 * (200 + 7)
     left = int(0.9 * 80 * GIB) - 20 * GIB - GIB - graphs - tables - memory._SAMPLER_BYTES
     assert _sized(model, monkeypatch) == left
-    assert _sized(model, monkeypatch, graph_count=0) == left + graphs
+    assert _sized(model, monkeypatch, buckets=()) == left + graphs
     assert _sized(model, monkeypatch, share=0.2) == 0
 
 

@@ -22,7 +22,7 @@ from control_plane.leader import LeaderState
 from control_plane.server import Replica
 from data_plane.model import load_model
 from data_plane.rank_link import SECRET_BYTES, Hello, Kind, Link, LinkEnded, listen, loopback
-from data_plane.ranks import EXIT_BAD_MODEL, EXIT_RANK_LOST, EXIT_WORKER_FAILED, Place
+from data_plane.ranks import EXIT_BAD_MODEL, EXIT_RANK_LOST, EXIT_WORKER_FAILED, Place, Ranks
 from protos import wire
 from protos.admin.v1 import admin_pb2, admin_pb2_grpc
 from protos.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -241,6 +241,30 @@ def test_a_worker_that_fails_or_hangs_ends_the_engine(
         asyncio.run(main())
 
 
+def test_sigterm_under_a_worker_that_hangs_is_no_orderly_end(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with wire.channel(f"127.0.0.1:{engine.port}") as channel:
+            lead, granted = await heir_of(engine_pb2_grpc.EngineServiceStub(channel))
+            await lead.snapshot(granted)
+            epoch = granted.granted.epoch
+            await lead.step(first_plan(epoch))
+            await lead.step(engine_pb2.StepPlan(epoch=epoch, step=2))
+            plan = engine_pb2.StepPlan(epoch=epoch, step=3)
+            await lead.call.write(engine_pb2.LeadRequest(plan=plan))
+            async with asyncio.timeout(10):
+                while "it hangs" not in engine.log.read_text():
+                    await asyncio.sleep(0.02)
+            engine.kill(0, signal.SIGTERM)
+            assert await asyncio.to_thread(engine.exit_codes, 20) == [EXIT_WORKER_FAILED]
+            assert "its worker does not end" in engine.log.read_text()
+
+    with RankProcesses(models["llama"], 1, tmp_path, *LIMITS, faulty=0, fault="hangs") as engine:
+        engine.ready()
+        asyncio.run(main())
+
+
 def test_the_lead_stream_and_health_say_that_the_engine_failed(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -411,6 +435,37 @@ def test_a_rank_of_another_machine_ends_the_engine_whenever_it_is_lost(
         assert f"rank 3 (process {child}" in first.log()
 
 
+def test_a_rank_that_hangs_before_the_engine_serves(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    with two_ranks(models["llama"], tmp_path, "--hung-step-seconds", "0.5") as engine:
+        deadline = time.monotonic() + 60
+        while engine.log().count(" loading ") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        (child,) = children(engine.pid)
+        os.kill(child, signal.SIGSTOP)
+        assert engine.wait(30) == EXIT_RANK_LOST
+        last = engine.log().splitlines()[-1]
+        sentence = f"rank 1 (process {child}) does not get on: 5 s have brought nothing"
+        assert last == f"cannot serve: {sentence}"
+
+
+def test_of_ranks_that_do_not_get_on_the_one_behind_is_named() -> None:
+    ranks = Ranks()
+    ranks._names |= {1: "rank 1", 2: "rank 2"}
+    for rank, count in ((2, 5), (1, 5)):
+        ranks._note_progress(rank, count)
+    assert ranks.stalled(5, 60) is None
+    loss = ranks.stalled(5, 0)
+    # All are as far; rank 2 was not heard of for longest.
+    assert loss is not None and loss.sentence.startswith("rank 2 does not get on")
+    ranks._note_progress(2, 6)
+    loss = ranks.stalled(4, 0)
+    assert loss is not None and loss.sentence.startswith("rank 0 does not get on")
+    assert loss.status == EXIT_WORKER_FAILED
+
+
 def test_heads_that_do_not_divide_are_refused_in_one_sentence(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -454,6 +509,17 @@ def test_a_place_is_taken_from_the_variables_of_torchrun() -> None:
         Place.of(8, {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match="each rank needs its own"):
         Place(1, 2).device("cuda:1")
+
+
+def test_links_are_open_to_where_the_ranks_are() -> None:
+    """A machine's own name is often on its loopback interface, where others do not find it."""
+    for host, address in (("127.0.1.1", "127.0.1.1"), ("localhost", "127.0.0.1")):
+        with listen(host) as door:
+            assert door.getsockname()[0] == address
+            socket.create_connection(door.getsockname()).close()
+    for host in (socket.gethostname(), "no.such.host.invalid"):
+        with listen(host) as door:
+            assert door.getsockname()[0] in ("::", "0.0.0.0")
 
 
 def test_a_link_is_for_those_who_know_the_secret() -> None:

@@ -22,11 +22,12 @@ from control_plane.beams import BeamFields
 from control_plane.engine_wire import decode_result, encode_plan
 from control_plane.request import Request, SamplingFields, SequenceGroup
 from control_plane.scheduler import Scheduler, SchedulerLimits
+from data_plane import rehearsal
 from data_plane.engine import Engine, EngineSizes, Launched
 from data_plane.model import Model, load_model
 from data_plane.plan import decode_plan
 from data_plane.step_runner import default_buckets
-from kernels import AttentionBatch
+from kernels import AttentionBatch, checks, torch_attention, torch_cache
 from protos.control.v1 import record_pb2
 from protos.engine.v1 import engine_pb2
 from tests.models import tiny_model
@@ -207,6 +208,20 @@ def test_decodes_run_in_the_smallest_bucket_that_holds_them(model: Model) -> Non
     assert sizes == sorted(sizes, reverse=True) and set(sizes) == {4, 2, 1}
 
 
+def test_buckets_may_first_run_in_any_order(model: Model) -> None:
+    """One sequence decodes alone before a second one comes."""
+    outputs = []
+    for buckets in ((), (1, 2, 4)):
+        pair = Pair(model, depth=1, buckets=buckets)
+        pair.submit("first", [5, 6, 7], max_tokens=10)
+        for _ in range(4):
+            pair.step()
+        pair.submit("second", [5, 6, 8], max_tokens=10)
+        outputs.append(pair.run().output)
+    assert pair.engine.runner.bucket_steps[1] and pair.engine.runner.bucket_steps[2]
+    assert outputs[0] == outputs[1]
+
+
 def test_the_largest_bucket_holds_every_slot_up_to_256() -> None:
     assert default_buckets(1) == [1]
     assert default_buckets(12) == [1, 2, 4, 8, 12]
@@ -215,43 +230,93 @@ def test_the_largest_bucket_holds_every_slot_up_to_256() -> None:
         assert buckets == sorted(set(buckets)) and buckets[-1] == min(slots, 256)
 
 
-def test_what_warms_an_engine_up_leaves_nothing_behind(model: Model, alone: Pair) -> None:
-    """On a GPU it runs a step and a move of each kind."""
+def test_what_a_start_runs_leaves_nothing_behind(
+    model: Model, alone: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it runs a step of each kind, and once as much as a step can ask for."""
     pair = Pair(model, depth=1)
-    steps: list[int] = []
+    engine = pair.engine
+    passes = _seen(monkeypatch, model, "forward")
+    engine.warm_up()
+    engine.rehearse()
+    assert not passes
+    draws = _seen(monkeypatch, rehearsal, "draw")
+    moves = [_seen(monkeypatch, engine.cache, name) for name in MOVES]
+    began: list[list[int]] = []
 
-    def seen(batches: list[AttentionBatch]) -> Iterator[AttentionBatch]:
-        for batch in batches:
-            steps.append(len(batch.slot_mapping))
-            yield batch
+    @contextmanager
+    def moving() -> Iterator[None]:
+        began.append([len(each) for each in moves])
+        yield
+        began.append([len(each) for each in moves])
 
-    pair.engine.warm_up(seen)
-    assert not steps
-    pair.engine.device.asynchronous = True
-    pair.engine.warm_up(seen)
-    pair.engine.device.asynchronous = False
+    monkeypatch.setattr(engine.device, "moving", moving)
+    engine.device.asynchronous = True
+    engine.warm_up()
+    steps = [len(batch.slot_mapping) for _, _, batch, *_ in passes]
     assert max(steps) == 256 and 1 in steps
+    engine.rehearse()
+    engine.device.asynchronous = False
+    assert len(passes[-1][0]) == len(passes[-1][-1]) == SIZES.step_tokens
+    (logits, rows, table, *_), *_ = draws
+    assert len(logits) == SIZES.step_tokens and len(rows.slots) == SIZES.slot_count
+    assert table.temperature.all() and (table.top_p < 1).all() and table.presence_penalty.all()
+    assert (table.repetition_penalty > 1).all() and (table.logprob_count > 0).all()
+    # None on the stream of what is computed, one of each on that of moves.
+    assert began == [[0, 0, 0], [1, 1, 1]]
     submit_all_kinds(pair)
     assert pair.run().output == alone.output and not pair.faults
 
 
+MOVES = ("copy_blocks", "swap_out", "swap_in")
+
+
+def _seen(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[tuple[Any, ...]]:
+    """What a function is called with from now on."""
+    calls: list[tuple[Any, ...]] = []
+    function = getattr(where, name)
+
+    def call(*given: Any) -> Any:
+        calls.append(given)
+        return function(*given)
+
+    monkeypatch.setattr(where, name, call)
+    return calls
+
+
 # Nothing waits for the device.
 
-# The modules that handle tensors between a plan and its result.
-STEP_PATH = ("engine", "step_runner", "sampler", "token_table", "device")
+# The modules that handle tensors between a plan and its result. What is plain torch in `kernels`
+# runs on a CPU only.
+STEP_PATH = [
+    *(
+        ROOT / f"data_plane/{name}.py"
+        for name in (
+            "engine", "step_runner", "sampler", "token_table", "device", "model", "compiled",
+            "merged_linear", "kv_cache", "tensor_parallel",
+        )
+    ),
+    *(path for path in (ROOT / "kernels").glob("*.py") if not path.name.startswith("torch_")),
+]  # fmt: skip
 # What makes the host wait for a value, or for a shape that depends on one.
-WAITING = {"item", "cpu", "tolist", "numpy", "nonzero", "masked_select", "unique", "synchronize"}
-# NumPy's own, on arrays that are on the host already; and where results are fetched.
+WAITING = {
+    "item", "cpu", "tolist", "numpy", "nonzero", "argwhere", "masked_select", "unique",
+    "unique_consecutive", "bincount", "equal", "allclose", "is_nonzero", "synchronize",
+}  # fmt: skip
+# NumPy's own, on arrays that are on the host already; ids of moves, which are there too; where
+# results are fetched; and what is done before anything is served, or when nothing is any more.
 ALLOWED = {
     "token_table.py": {"tolist"},
     "sampler.py": {"tolist"},
     "device.py": {"numpy", "synchronize"},
+    "triton_cache.py": {"nonzero", "tolist"},
+    "merged_linear.py": {"cpu", "numpy"},
+    "kv_cache.py": {"synchronize"},
 }
 
 
-@pytest.mark.parametrize("name", STEP_PATH)
-def test_the_step_path_asks_the_device_for_no_value(name: str) -> None:
-    path = ROOT / f"data_plane/{name}.py"
+@pytest.mark.parametrize("path", STEP_PATH, ids=lambda path: path.stem)
+def test_the_step_path_asks_the_device_for_no_value(path: Path) -> None:
     tree = ast.parse(path.read_text())
     calls = {
         node.func.attr
@@ -264,19 +329,34 @@ def test_the_step_path_asks_the_device_for_no_value(name: str) -> None:
 class NoWaiting(TorchFunctionMode):
     """Fails where torch would wait for a device, if the tensors were on one."""
 
-    FORBIDDEN = WAITING | {"__bool__", "__int__", "__float__", "__index__", "__contains__", "any"}
+    FORBIDDEN = WAITING | {
+        "__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "__array__",
+        "__repr__", "__format__",
+    }  # fmt: skip
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in self.FORBIDDEN - {"any"}:
+        name, named = getattr(func, "__name__", ""), kwargs or {}
+        if name in self.FORBIDDEN or _waits(name, args, named):
             raise AssertionError(f"{name} waits for the device")
-        if name in ("__getitem__", "__setitem__", "index_put_"):
-            for index in _flat(args[1:2]):
-                if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
-                    raise AssertionError(f"{name} with a mask waits for the device")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **named)
+
+
+def _waits(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether a call of torch waits because of what it is given."""
+    if name in ("__getitem__", "__setitem__", "index_put", "index_put_"):
+        indices = [index for index in _flat(args[1:2]) if isinstance(index, torch.Tensor)]
+        return any(index.dtype == torch.bool for index in indices)
+    if name == "where":
+        return len(args) + len(named) == 1
+    if name == "repeat_interleave":
+        counts = [*args, *named.values()][:2][-1]
+        return isinstance(counts, torch.Tensor) and "output_size" not in named
+    if name == "to":
+        return "cpu" in (*args[1:], *named.values())
+    # Whether the target is on the host cannot be seen here: there all waits but this.
+    return name == "copy_" and not (named.get("non_blocking") or args[2:] == (True,))
 
 
 def _flat(values: Any) -> Iterator[Any]:
@@ -287,69 +367,119 @@ def _flat(values: Any) -> Iterator[Any]:
             yield value
 
 
-@contextmanager
-def _models_excused(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The model and the torch kernels under it run on a CPU only, where nothing waits."""
-    forward = model.forward
+def _unwatch(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> None:
+    """Excuses what runs on a CPU only, or looks at what is in host memory anyway."""
+    function = getattr(where, name)
 
-    def excused(*arguments: Any) -> torch.Tensor:
-        with torch._C.DisableTorchFunction():
-            return forward(*arguments)
-
-    monkeypatch.setattr(model, "forward", excused)
-    yield
-
-
-@pytest.mark.parametrize("buckets", [(), (1, 4, 12)])
-def test_no_kind_of_request_makes_the_host_wait(
-    model: Model, monkeypatch: pytest.MonkeyPatch, buckets: tuple[int, ...]
-) -> None:
-    pair = Pair(model, depth=2, buckets=buckets)
-    submit_all_kinds(pair)
-    launch = pair.engine.launch
-    fetch = pair.engine.device.fetch
-
-    def fetched(values: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return fetch(values)
-
-    def watched(plan: Any, queued_us: int = 0) -> Launched:
-        with NoWaiting():
-            return launch(plan, queued_us)
-
-    monkeypatch.setattr(pair.engine, "launch", watched)
-    monkeypatch.setattr(pair.engine.device, "fetch", fetched)
-    # These look at ids that are in host memory, and bring them to the device by themselves.
-    cache = pair.engine.cache
-    for name in ("swap_out", "swap_in", "copy_blocks"):
-        monkeypatch.setattr(cache, name, _unwatched(getattr(cache, name)))
-    monkeypatch.setattr(AttentionBatch, "build", _unwatched(AttentionBatch.build))
-    with _models_excused(model, monkeypatch):
-        for _ in range(5):
-            pair.step()
-            for group in pair.scheduler.resident_groups[-1:]:
-                pair.scheduler.preempt(group)
-        pair.run()
-    assert len(pair.output) > 10 and not pair.faults
-
-
-def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         with torch._C.DisableTorchFunction():
             return function(*arguments, **named)
 
-    return call
+    monkeypatch.setattr(where, name, call)
 
 
-def test_the_watch_sees_what_waits() -> None:
-    x = torch.ones(3)
-    for wait in (
-        lambda: x[0].item(),
-        lambda: x.tolist(),
-        lambda: x.numpy(),
-        lambda: x.nonzero(),
-        lambda: x[x > 0],
-        lambda: bool(x[0] > 0),
+@pytest.fixture
+def watched(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pair]:
+    """Makes pairs whose engines must not wait for a device while they launch a step."""
+    for where, name in (
+        (torch_attention, "paged_attention"),
+        (torch_cache, "write_cache"),
+        (AttentionBatch, "build"),
+        (checks, "_check_width"),
     ):
-        with pytest.raises(AssertionError, match="waits"), NoWaiting():
-            wait()
+        _unwatch(monkeypatch, where, name)
+
+    def make(*given: Any, **named: Any) -> Pair:
+        pair = Pair(model, *given, **named)
+        launch = pair.engine.launch
+
+        def watched(plan: Any, queued_us: int = 0) -> Launched:
+            with NoWaiting():
+                return launch(plan, queued_us)
+
+        monkeypatch.setattr(pair.engine, "launch", watched)
+        _unwatch(monkeypatch, pair.engine.device, "fetch")
+        # These look at ids that are in host memory, and bring them to the device by themselves.
+        for name in MOVES:
+            _unwatch(monkeypatch, pair.engine.cache, name)
+        return pair
+
+    return make
+
+
+@pytest.mark.parametrize("buckets", [(), (1, 4, 12)])
+def test_no_kind_of_request_makes_the_host_wait(
+    watched: Callable[..., Pair], buckets: tuple[int, ...]
+) -> None:
+    pair = watched(depth=2, buckets=buckets)
+    submit_all_kinds(pair)
+    for _ in range(5):
+        pair.step()
+        for group in pair.scheduler.resident_groups[-1:]:
+            pair.scheduler.preempt(group)
+    pair.run()
+    assert len(pair.output) > 10 and not pair.faults
+
+
+def test_the_forward_pass_is_watched(
+    model: Model, watched: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Model._forward
+
+    def waiting(*given: Any) -> torch.Tensor:
+        logits = forward(*given)
+        logits[0, 0].item()
+        return logits
+
+    monkeypatch.setattr(Model, "_forward", waiting)
+    pair = watched(depth=1)
+    pair.submit("one", [5, 6, 7], max_tokens=3)
+    with pytest.raises(AssertionError, match="item waits"):
+        pair.run()
+
+
+X, COUNTS = torch.ones(3), torch.tensor([1, 2, 1])
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda: X[0].item(),
+        lambda: X.tolist(),
+        lambda: X.numpy(),
+        lambda: np.asarray(X),
+        lambda: f"{X[0]}",
+        lambda: X.cpu(),
+        lambda: X.to("cpu"),
+        lambda: torch.empty(3).copy_(X),
+        lambda: X.nonzero(),
+        lambda: torch.argwhere(X),
+        lambda: torch.where(X > 0),
+        lambda: torch.masked_select(X, X > 0),
+        lambda: X[X > 0],
+        lambda: X.index_put_((X > 0,), torch.tensor(1.0)),
+        lambda: torch.repeat_interleave(COUNTS),
+        lambda: X.repeat_interleave(COUNTS),
+        lambda: torch.unique(X),
+        lambda: torch.unique_consecutive(X),
+        lambda: torch.bincount(COUNTS),
+        lambda: torch.equal(X, X),
+        lambda: torch.allclose(X, X),
+        lambda: torch.is_nonzero(X[0]),
+        lambda: bool(X[0] > 0),
+        lambda: int(X[0]),
+        lambda: [1, 2, 3][COUNTS[0]],
+    ],
+)
+def test_the_watch_sees_what_waits(wait: Callable[[], object]) -> None:
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        wait()
+
+
+def test_the_watch_lets_pass_what_does_not_wait() -> None:
+    with NoWaiting():
+        X.clone().copy_(X, non_blocking=True)
+        torch.where(X > 0, X, 0.0)
+        X.repeat_interleave(2)
+        X.repeat_interleave(COUNTS, output_size=4)
+        X[COUNTS - 1].to(torch.int32)

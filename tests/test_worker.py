@@ -62,8 +62,7 @@ def test_the_next_step_begins_while_the_device_is_at_the_last(worker: Worker) ->
             step.reached.set()
         assert await asyncio.gather(*calls) == ["a", "b", "c"]
         assert log[3:] == ["finish a", "finish b", "finish c"]
-        worker.stop(5)
-        assert not worker._thread.is_alive()
+        assert worker.stop(5)
 
     asyncio.run(run())
 
@@ -91,10 +90,18 @@ def test_stopping_lets_what_was_begun_finish(worker: Worker) -> None:
         await asyncio.sleep(0.02)
         assert not stopping.done()
         step.reached.set()
-        await stopping
+        assert await stopping
         assert await call == "a"
 
     asyncio.run(run())
+
+
+def test_stopping_tells_of_a_job_that_does_not_end(worker: Worker) -> None:
+    hold = threading.Event()
+    held = worker.submit(hold.wait)
+    assert not worker.stop(0.01)
+    hold.set()
+    assert worker.stop(5) and held.result()
 
 
 def test_a_refused_plan_does_not_end_the_worker(worker: Worker) -> None:

@@ -21,7 +21,7 @@ ALLOCATIONS = {
     "max": "contiguous, the longest sequence there can be",
 }
 PROMISES = {
-    "tokens": "greedy tokens of the demo model are those of transformers' generate",
+    "tokens": "greedy tokens of the demo model are transformers' own: eager, in graphs, fused",
     "memory": "no memory is taken from the driver after start, once each kind of step was seen",
 }
 
