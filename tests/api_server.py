@@ -8,12 +8,14 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 # Kinds by group and version, with the names of their resources.
 _KINDS = {
     "/api/v1": ["ConfigMap", "Pod", "Secret", "Service", "ServiceAccount"],
     "/apis/apps/v1": ["Deployment", "StatefulSet"],
+    "/apis/autoscaling/v2": ["HorizontalPodAutoscaler"],
     "/apis/policy/v1": ["PodDisruptionBudget"],
     "/apis/networking.k8s.io/v1": ["NetworkPolicy"],
 }
@@ -28,10 +30,14 @@ def _group(path: str) -> str:
     return path.split("/")[2] if path.startswith("/apis") else ""
 
 
+def _version(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
 def _groups() -> dict[str, Any]:
     groups = []
     for path in _KINDS:
-        version = {"groupVersion": path.removeprefix("/apis/"), "version": "v1"}
+        version = {"groupVersion": path.removeprefix("/apis/"), "version": _version(path)}
         groups.append({"name": _group(path), "versions": [version], "preferredVersion": version})
     return {"kind": "APIGroupList", "groups": [each for each in groups if each["name"]]}
 
@@ -60,7 +66,7 @@ def _schema(path: str) -> dict[str, Any]:
                 "responses": {},
                 "x-kubernetes-group-version-kind": {
                     "group": _group(path),
-                    "version": "v1",
+                    "version": _version(path),
                     "kind": kind,
                 },
             }
@@ -70,7 +76,25 @@ def _schema(path: str) -> dict[str, Any]:
     return {"openapi": "3.0.0", "info": {"title": "", "version": ""}, "paths": paths}
 
 
-def _answers(secrets: Mapping[str, Mapping[str, str]], namespace: str, release: str) -> Any:
+def _metadata(name: str, namespace: str, release: str) -> dict[str, Any]:
+    """Of an object that a release of Helm has made."""
+    return {
+        "name": name,
+        "namespace": namespace,
+        "labels": {"app.kubernetes.io/managed-by": "Helm"},
+        "annotations": {
+            "meta.helm.sh/release-name": release,
+            "meta.helm.sh/release-namespace": namespace,
+        },
+    }
+
+
+def _answers(
+    secrets: Mapping[str, Mapping[str, str]],
+    replicas: Mapping[str, int],
+    namespace: str,
+    release: str,
+) -> Any:
     """What there is to get, by path."""
     paths = {path: {"serverRelativeURL": f"/openapi/v3{path}"} for path in _KINDS}
     found: dict[str, Any] = {
@@ -85,26 +109,33 @@ def _answers(secrets: Mapping[str, Mapping[str, str]], namespace: str, release: 
         found[f"/api/v1/namespaces/{namespace}/secrets/{name}"] = {
             "apiVersion": "v1",
             "kind": "Secret",
-            "metadata": {
-                "name": name,
-                "namespace": namespace,
-                "labels": {"app.kubernetes.io/managed-by": "Helm"},
-                "annotations": {
-                    "meta.helm.sh/release-name": release,
-                    "meta.helm.sh/release-namespace": namespace,
-                },
-            },
+            "metadata": _metadata(name, namespace, release),
             "data": {key: base64.b64encode(text.encode()).decode() for key, text in data.items()},
+        }
+    for name, count in replicas.items():
+        found[f"/apis/apps/v1/namespaces/{namespace}/deployments/{name}"] = {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": _metadata(name, namespace, release),
+            "spec": {"replicas": count},
         }
     return found
 
 
 @contextmanager
 def api_server(
-    secrets: Mapping[str, Mapping[str, str]], namespace: str, release: str
+    secrets: Mapping[str, Mapping[str, str]],
+    namespace: str,
+    release: str,
+    replicas: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[str]:
-    """A cluster that holds these secrets of a release and nothing else; yields a kubeconfig."""
-    answers = _answers(secrets, namespace, release)
+    """A cluster that holds these objects of a release and nothing else; yields a kubeconfig.
+
+    Args:
+        secrets: their data, by name.
+        replicas: how many each Deployment has, by name.
+    """
+    answers = _answers(secrets, replicas, namespace, release)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

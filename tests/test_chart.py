@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import itertools
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from fnmatch import fnmatch
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -16,12 +20,17 @@ from typing import Any
 
 import helm_python as helm
 import kubernetes_validate
-import promql_parser
+import promql_parser as promql
 import pytest
 import yaml
 from kubernetes_validate import utils
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from control_plane.settings import Settings as ControlSettings
+from data_plane.engine import Engine, EngineSizes
+from data_plane.metrics.families import registry_of
+from data_plane.model import Model
 from data_plane.ranks import Place
 from data_plane.settings import Settings as DataSettings
 from helm.generate import OF_THE_CHART, SETTINGS, readme, schema
@@ -40,6 +49,9 @@ from tests.chart import (
     templates,
     values_file,
 )
+from tests.policies import PORTS, Port, reachable, selects
+from tests.promql import Labels, check_labels, grouped, is_of_nothing
+from tests.stack import Stack, failure, led, request, running_replica, serving_engine
 from tests.test_docs import section
 
 LAPTOP, H200 = values_file("values-laptop.yaml"), values_file("values-h200.yaml")
@@ -71,6 +83,16 @@ CASES: dict[str, Mapping[str, Any]] = {
     "autoscaling": {"controlPlane": {"autoscaling": {"enabled": True}}},
     "load balancer": {
         "controlPlane": {"service": {"type": "LoadBalancer", "annotations": {"a.example/b": "c"}}}
+    },
+    "load balancer for some": {
+        "controlPlane": {
+            "service": {
+                "type": "LoadBalancer",
+                "externalTrafficPolicy": "Local",
+                "loadBalancerClass": "example.com/inner",
+                "loadBalancerSourceRanges": ["192.0.2.0/24", "2001:db8::/32"],
+            }
+        }
     },
     "no budgets": {
         plane: {"podDisruptionBudget": {"enabled": False}}
@@ -149,7 +171,7 @@ CASES: dict[str, Mapping[str, Any]] = {
         "networkPolicy": {
             "operatorsFrom": PEERS["operators"],
             "metricsFrom": PEERS["monitoring"],
-            "healthFrom": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}],
+            "healthFrom": [{"ipBlock": {"cidr": "192.168.0.0/16", "except": ["192.168.1.0/24"]}}],
         }
     },
     "monitoring": MONITORED,
@@ -172,6 +194,16 @@ CASES: dict[str, Mapping[str, Any]] = {
         "controlPlane": {"settings": {"client_certificates": False}},
         "access": {"testSecret": "tester", "testKey": "bearer"},
     },
+    "more environment": {
+        plane: {
+            "extraEnv": [
+                {"name": "NCCL_DEBUG", "value": "INFO"},
+                {"name": "a", "valueFrom": {"secretKeyRef": {"name": "b", "key": "c"}}},
+                {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+            ]
+        }
+        for plane in ("controlPlane", "dataPlane")
+    },
     "names": {
         "fullnameOverride": "q",
         "serviceAccount": {"create": False, "name": "own"},
@@ -181,64 +213,101 @@ CASES: dict[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 # Kinds of other projects, without schemas here: their groups, what they must have, and which keys
-# they may have at any depth, below which None stands for anything.
+# they may have at any depth, with which values: a mapping in braces, where ANY stands for all keys;
+# a list in brackets; a text of a pattern or of a set; or a type. None stands for anything.
 KEYS = dict[str, Any]
-SCRAPED: KEYS = dict.fromkeys(("port", "interval", "path", "scheme"))
-WATCHED: KEYS = {"selector": {"matchLabels": None}, "namespaceSelector": {"matchNames": None}}
+ANY = "*"
+GO_DURATION = re.compile(r"(\d+(\.\d+)?(h|m|s|ms))+")
+PROMETHEUS_DURATION = re.compile(r"(?=\d)(\d+y)?(\d+w)?(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?")
+SCRAPED: KEYS = {
+    "port": str,
+    "interval": PROMETHEUS_DURATION,
+    "path": str,
+    "scheme": {"http", "https"},
+}
+WATCHED: KEYS = {
+    "selector": {"matchLabels": {ANY: str}},
+    "namespaceSelector": {"matchNames": [str]},
+}
+# cert-manager's names of them.
+USAGES = {"digital signature", "server auth", "client auth"}
 CUSTOM: dict[str, tuple[str, set[str], KEYS]] = {
-    "Issuer": ("cert-manager.io/v1", set(), {"selfSigned": {}, "ca": {"secretName": None}}),
+    "Issuer": ("cert-manager.io/v1", set(), {"selfSigned": {}, "ca": {"secretName": str}}),
     "Certificate": (
         "cert-manager.io/v1",
         {"secretName", "issuerRef"},
-        dict.fromkeys(("secretName", "dnsNames", "ipAddresses", "usages", "isCA", "commonName"))
-        | dict.fromkeys(("duration", "renewBefore"))
-        | {
-            "issuerRef": dict.fromkeys(("name", "kind", "group")),
-            "privateKey": dict.fromkeys(("algorithm", "size", "rotationPolicy")),
+        {
+            "secretName": str,
+            "dnsNames": [str],
+            "ipAddresses": [str],
+            "usages": [USAGES],
+            "isCA": bool,
+            "commonName": str,
+            "duration": GO_DURATION,
+            "renewBefore": GO_DURATION,
+            "issuerRef": {"name": str, "kind": {"Issuer", "ClusterIssuer"}, "group": str},
+            "privateKey": {
+                "algorithm": {"RSA", "ECDSA", "Ed25519"},
+                "size": int,
+                "rotationPolicy": {"Always", "Never"},
+            },
         },
     ),
     "LeaderWorkerSet": (
         "leaderworkerset.x-k8s.io/v1",
         {"leaderWorkerTemplate"},
-        dict.fromkeys(("replicas", "startupPolicy"))
-        | {
+        {
+            "replicas": int,
+            "startupPolicy": {"LeaderCreated", "LeaderReady"},
             "rolloutStrategy": {
-                "type": None,
-                "rollingUpdateConfiguration": dict.fromkeys(("maxUnavailable", "maxSurge")),
+                "type": {"RollingUpdate"},
+                "rollingUpdateConfiguration": {"maxUnavailable": int, "maxSurge": int},
             },
             # Of the templates Kubernetes's own schemas say what is right.
-            "leaderWorkerTemplate": dict.fromkeys(("size", "restartPolicy"))
-            | dict.fromkeys(("leaderTemplate", "workerTemplate", "volumeClaimTemplates"))
-            | {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": None, "whenScaled": None}},
+            "leaderWorkerTemplate": dict.fromkeys(
+                ("leaderTemplate", "workerTemplate", "volumeClaimTemplates")
+            )
+            | {
+                "size": int,
+                "restartPolicy": {"RecreateGroupOnPodRestart"},
+                "persistentVolumeClaimRetentionPolicy": {
+                    "whenDeleted": {"Retain", "Delete"},
+                    "whenScaled": {"Retain", "Delete"},
+                },
+            },
         },
     ),
     "ServiceMonitor": (
         "monitoring.coreos.com/v1",
         {"selector", "endpoints"},
-        WATCHED | {"endpoints": SCRAPED},
+        WATCHED | {"endpoints": [SCRAPED]},
     ),
     "PodMonitor": (
         "monitoring.coreos.com/v1",
         {"selector", "podMetricsEndpoints"},
-        WATCHED | {"podMetricsEndpoints": SCRAPED},
+        WATCHED | {"podMetricsEndpoints": [SCRAPED]},
     ),
     "PrometheusRule": (
         "monitoring.coreos.com/v1",
         {"groups"},
         {
-            "groups": {
-                "name": None,
-                "rules": dict.fromkeys(("alert", "expr", "for"))
-                | {
-                    "labels": {"severity": None},
-                    "annotations": dict.fromkeys(("summary", "description")),
-                },
-            }
+            "groups": [
+                {
+                    "name": str,
+                    "rules": [
+                        {
+                            "alert": str,
+                            "expr": str,
+                            "for": PROMETHEUS_DURATION,
+                            "labels": {"severity": {"critical", "warning"}},
+                            "annotations": {"summary": str, "description": str},
+                        }
+                    ],
+                }
+            ],
         },
     ),
 }
-# cert-manager's names of them.
-USAGES = {"digital signature", "server auth", "client auth"}
 # The first that the chart allows, and the last five.
 VERSIONS = ["1.30", *dict.fromkeys(map(utils.major_minor, utils.all_versions()[-10:]))]
 
@@ -286,16 +355,23 @@ def test_manifests_are_valid_for_every_version(name: str, monkeypatch: pytest.Mo
 SCHEMAS = functools.cache(utils.schema_contents)
 
 
-def unknown(part: Any, keys: KEYS | None) -> Iterator[str]:
-    """Keys at any depth that are not among those."""
-    if keys is None:
-        return
-    for each in part if isinstance(part, list) else [part]:
-        for key, value in each.items():
-            if key in keys:
-                yield from unknown(value, keys[key])
+def unknown(part: Any, kind: Any) -> Iterator[str]:
+    """What of a part, at any depth, is no key that may be there, or no value as it must be."""
+    if isinstance(kind, dict) and isinstance(part, dict):
+        for key, value in part.items():
+            if key in kind or ANY in kind:
+                yield from unknown(value, kind.get(key, kind.get(ANY)))
             else:
                 yield key
+    elif isinstance(kind, list) and isinstance(part, list):
+        for each in part:
+            yield from unknown(each, kind[0])
+    elif isinstance(kind, re.Pattern) and isinstance(part, str):
+        yield from () if kind.fullmatch(part) else (part,)
+    elif isinstance(kind, set):
+        yield from () if part in kind else (part,)
+    elif kind is not None and type(part) is not kind:
+        yield repr(part)
 
 
 @every_case
@@ -353,7 +429,10 @@ def test_selectors_select_what_they_are_for(name: str) -> None:
     [
         ("serving.v1.2", {}, "serving-v1-2-quire"),
         ("quire.v1", {}, "quire-v1"),
-        ("x" * 39 + ".quire", {}, "x" * 39),
+        ("x" * 33 + ".quire", {}, "x" * 33 + "-quire"),
+        ("x" * 32 + "..quire", {}, "x" * 32 + "--quire"),
+        ("x" * 39 + ".quire", {}, "x" * 33 + "-8bd30c"),
+        ("x" * 32 + ".long.quire", {}, "x" * 32 + "--b15411"),
         ("1st", {"fullnameOverride": "first"}, "first"),
         ("one", {"nameOverride": "engines"}, "one-engines"),
     ],
@@ -367,6 +446,28 @@ def test_names_are_what_services_may_be_called(
         assert re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", manifest["metadata"]["name"])
     with pytest.raises(helm.HelmError, match=r"begins with a digit.*fullnameOverride"):
         render(name="1st")
+
+
+def test_releases_with_long_names_do_not_take_each_others() -> None:
+    names = [f"team-of-research-the-llama-3-1-instruct-{size}b" for size in ("70", "8")]
+    found = [
+        {(each["kind"], each["metadata"]["name"]) for each in render(name=name).objects}
+        for name in names
+    ]
+    assert found[0].isdisjoint(found[1])
+
+
+def test_names_that_yaml_takes_for_something_else_stay_texts() -> None:
+    values = merged(MONITORED, {"fullnameOverride": "on", "nameOverride": "1"})
+    for manifest in render(values, name="123", namespace="456").objects:
+        assert manifest["metadata"]["namespace"] == "456"
+        labels = manifest["metadata"]["labels"]
+        assert labels["app.kubernetes.io/instance"] == "123"
+        assert labels["app.kubernetes.io/name"] == "1"
+        if manifest["kind"] not in CUSTOM:
+            kubernetes_validate.validate(manifest, VERSIONS[0], strict=True)
+        else:
+            assert set(unknown(manifest["spec"], CUSTOM[manifest["kind"]][2])) == set()
 
 
 def test_long_names_stay_within_what_kubernetes_takes() -> None:
@@ -497,8 +598,51 @@ def hub(changed: dict[str, Any], **model: Any) -> dict[str, Any]:
             "minReplicas is above maxReplicas",
         ),
         ({"dataPlane": {"settings": {"max_slots": 4096}}}, "max_step_tokens is below max_slots"),
+        (
+            {"dataPlane": {"settings": {"blocks": 100}, "gpu": {"enabled": False}}},
+            "set dataPlane.kvMemoryMib, which is part of the memory request",
+        ),
+        (
+            {"controlPlane": {"extraEnv": [{"name": "QUIRE_ENGINES", "value": "a:1"}]}},
+            "controlPlane.extraEnv must not hold QUIRE_ENGINES",
+        ),
+        *(
+            ({"dataPlane": {"extraEnv": [{"name": name, "value": "1"}]}}, f"must not hold {name}")
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+        ),
+        ({"dataPlane": {"extraEnv": [{"name": "a"}]}}, "'oneOf' failed"),
+        ({"dataPlane": {"extraEnv": [{"name": "a b", "value": ""}]}}, "does not match pattern"),
+        (
+            {"controlPlane": {"service": {"externalTrafficPolicy": "Local"}}},
+            "set type to NodePort or LoadBalancer",
+        ),
+        (
+            {"controlPlane": {"service": {"type": "NodePort", "loadBalancerClass": "a"}}},
+            "loadBalancerClass is of use with the type LoadBalancer only",
+        ),
+        (
+            {"controlPlane": {"service": {"loadBalancerSourceRanges": ["192.0.2.0/24"]}}},
+            "loadBalancerSourceRanges is of use with the type LoadBalancer only",
+        ),
+        (
+            {"controlPlane": {"service": {"loadBalancerSourceRanges": ["192.0.2.1"]}}},
+            "does not match pattern",
+        ),
+        *(
+            (
+                {"controlPlane": {"autoscaling": {"enabled": True}, "resources": resources}},
+                "set controlPlane.resources.requests.cpu",
+            )
+            for resources in (
+                {"requests": None},
+                {"requests": {"cpu": None}},
+                {"requests": {"cpu": "0m"}},
+            )
+        ),
         ({"access": {"anonymousRoles": []}}, "Nobody could call"),
+        ({"access": {"anonymousRoles": ["read", "write"]}}, "Nobody could call"),
         ({"monitoring": {"monitors": True}}, "no policy admits Prometheus"),
+        ({"monitoring": {"rules": True}}, "monitoring.rules needs monitoring.monitors"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused_with_a_sentence(values: dict[str, Any], sentence: str) -> None:
@@ -587,7 +731,7 @@ def test_an_engine_of_several_nodes_is_a_group_of_pods() -> None:
     assert place == Place(8, 16, 0, 8, leader, 7412, starts_others=True)
     for amounts in ("requests", "limits"):
         assert worker["resources"][amounts]["nvidia.com/gpu"] == 8
-        assert worker["resources"][amounts]["memory"] == f"{16384 + 1024 + 8 * 1000}Mi"
+        assert worker["resources"][amounts]["memory"] == f"{8 * (8192 + 1000) + 1024}Mi"
 
 
 def test_claims_of_groups_stay_when_workers_go_with_every_restart() -> None:
@@ -722,6 +866,28 @@ def test_helm_test_shows_what_it_is_given() -> None:
     assert (tls["secretName"], [item["key"] for item in tls["items"]]) == ("a", ["ca.crt"])
 
 
+def test_helm_test_is_left_out_where_it_could_not_generate() -> None:
+    def tests(*values: Mapping[str, Any]) -> list[str]:
+        rendered = render({"access": {"existingSecret": "callers", "anonymousRoles": []}}, *values)
+        commanded = "\n  helm test " in rendered.notes
+        assert commanded != ("There is no `helm test`" in rendered.notes)
+        found = [component for component, _ in rendered.pods() if component == "test"]
+        assert commanded == bool(found)
+        return found
+
+    assert not tests()
+    assert not tests({"access": {"anonymousRoles": ["read"]}})
+    for values in (
+        {"access": {"testSecret": "tester"}},
+        {"access": {"anonymousRoles": ["generate"]}},
+        CASES["tls of secrets"],
+        CASES["tls of cert-manager"],
+    ):
+        assert tests(values)
+    without = CASES["callers without certificates"] | {"access": {"testSecret": ""}}
+    assert not tests(without)
+
+
 def test_redis_lets_hints_give_way_and_keeps_nothing_on_disk() -> None:
     lines = case("laptop").get("ConfigMap", "quire-redis")["data"]["redis.conf"].splitlines()
     said = dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
@@ -742,12 +908,51 @@ def test_memory_of_engines_counts_all_that_is_in_host_memory() -> None:
         spec = case(name).get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
         return dict(spec["containers"][0]["resources"])
 
+    assert resources("defaults")["requests"]["memory"] == f"{8192 + 1024}Mi"
     parallel = resources("tensor parallel")
-    assert parallel["requests"]["memory"] == f"{16384 + 1024 + 8 * 4096}Mi"
+    assert parallel["requests"]["memory"] == f"{8 * (8192 + 4096) + 1024}Mi"
     assert parallel["limits"]["nvidia.com/gpu"] == 8
     laptop = resources("laptop")
     assert laptop["requests"]["memory"] == f"{1280 + 64 + 32 + 64}Mi"
     assert "nvidia.com/gpu" not in laptop["limits"]
+
+
+def environment(rendered: Rendered, component: str) -> dict[str, dict[str, Any]]:
+    """A plane's variables, as its container has them; workers' are those of the first pod."""
+    pod, *_ = (pod["spec"] for each, pod in rendered.pods() if each == component)
+    variables = pod["containers"][0]["env"]
+    assert len({each["name"] for each in variables}) == len(variables)
+    return {each["name"]: each for each in variables}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "ranks", "nodes", "threads"),
+    [
+        ("4", 1, 1, 4), ("4", 8, 1, 1), ("20", 8, 1, 2), ("96", 1, 1, 32), ("96", 4, 1, 24),
+        ("96", 16, 2, 12), (12.5, 1, 1, 12), ("2500m", 1, 1, 2), ("100m", 1, 1, 1),
+    ],
+)  # fmt: skip
+def test_ranks_share_the_cores_of_a_node_to_compile_with(
+    cpu: str | float, ranks: int, nodes: int, threads: int
+) -> None:
+    rendered = render({"dataPlane": {"cpu": cpu, "tensorParallel": ranks, "nodes": nodes}})
+    found = environment(rendered, "data-plane")["TORCHINDUCTOR_COMPILE_THREADS"]
+    assert found["value"] == str(threads)
+
+
+@pytest.mark.parametrize("plane", ["controlPlane", "dataPlane"])
+def test_more_environment_leaves_the_charts_own_alone(plane: str) -> None:
+    component = {"controlPlane": "control-plane", "dataPlane": "data-plane"}[plane]
+    given = CASES["more environment"][plane]["extraEnv"]
+    usual = environment(case("defaults"), component)
+    more = environment(case("more environment"), component)
+    assert more == usual | {each["name"]: each for each in given}
+    own = {name for each in CASES if each != "more environment"
+           for name in environment(case(each), component)}  # fmt: skip
+    assert own >= usual.keys()
+    for name in own:
+        with pytest.raises(helm.HelmError, match=rf"{plane}.extraEnv must not hold {name}:"):
+            render({plane: {"extraEnv": [{"name": name, "value": "x"}]}})
 
 
 def test_the_model_is_mounted_for_reading_only() -> None:
@@ -881,25 +1086,41 @@ def test_redis_knows_the_password_by_its_digest_alone() -> None:
     assert case("defaults").settings("control-plane")["index_namespace"] == f"{NAMESPACE}.{NAME}"
 
 
-def test_redis_password_is_kept_over_upgrades() -> None:
-    def installed(secrets: dict[str, dict[str, str]]) -> dict[str, str]:
-        """The secret as Helm would apply it to a cluster that has these."""
-        with (
-            api_server(secrets, NAMESPACE, NAME) as kubeconfig,
-            helm.Config(
-                kubeconfig_content=kubeconfig, namespace=NAMESPACE, storage_driver="memory"
-            ) as config,
-        ):
-            release = config.install(chart(), NAME, {}, dry_run="server", namespace=NAMESPACE)
-        (secret,) = (
-            each
-            for each in yaml.safe_load_all(release["manifest"])
-            if each and each["kind"] == "Secret"
-        )
-        return dict(secret["stringData"])
+def installed(
+    values: Mapping[str, Any],
+    secrets: Mapping[str, dict[str, str]] | None = None,
+    replicas: Mapping[str, int] | None = None,
+) -> Rendered:
+    """What Helm would apply to a cluster that has these of the release."""
+    with (
+        api_server(secrets or {}, NAMESPACE, NAME, replicas or {}) as kubeconfig,
+        helm.Config(
+            kubeconfig_content=kubeconfig, namespace=NAMESPACE, storage_driver="memory"
+        ) as config,
+    ):
+        release = config.install(chart(), NAME, dict(values), dry_run="server", namespace=NAMESPACE)
+    objects = [each for each in yaml.safe_load_all(release["manifest"]) if each]
+    return Rendered(objects, "")
 
-    first = installed({})
-    again = installed({"quire-redis": {"password": first["password"]}})
+
+def test_autoscaling_is_turned_on_without_taking_replicas_away() -> None:
+    def replicas(values: Mapping[str, Any], before: dict[str, int]) -> int | None:
+        deployment = installed(values, replicas=before).get("Deployment", "quire-control-plane")
+        return deployment["spec"].get("replicas")
+
+    scaled = CASES["autoscaling"]
+    assert replicas(scaled, {"quire-control-plane": 5}) == 5
+    # Nothing runs yet, and it is the autoscaler's to say how much shall.
+    assert replicas(scaled, {}) is None
+    assert replicas({}, {"quire-control-plane": 5}) == 2
+
+
+def test_redis_password_is_kept_over_upgrades() -> None:
+    def secret(known: dict[str, dict[str, str]]) -> dict[str, str]:
+        return dict(installed({}, secrets=known).get("Secret", "quire-redis")["stringData"])
+
+    first = secret({})
+    again = secret({"quire-redis": {"password": first["password"]}})
     assert again == first and len(first["password"]) == 32
 
 
@@ -978,110 +1199,55 @@ def test_pods_run_as_the_values_say() -> None:
         assert not pod["spec"]["securityContext"].keys() & {"runAsUser", "runAsGroup", "fsGroup"}
 
 
-def test_what_libraries_write_goes_into_volumes() -> None:
-    pod = case("defaults").get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
+# Asks libraries where they would write and how they would compile.
+ASKED = """
+import getpass, json, os, tempfile
+import huggingface_hub.constants, torch.hub, triton.knobs
+from torch._inductor import config
+from torch._inductor.runtime.runtime_utils import cache_dir
+from transformers.utils import hub
+places = {
+    "home": os.path.expanduser("~"),
+    "temporary": tempfile.gettempdir(),
+    "inductor": cache_dir(),
+    "triton": triton.knobs.cache.dir,
+    "torch.hub": torch.hub.get_dir(),
+    "huggingface_hub": huggingface_hub.constants.HF_HUB_CACHE,
+    "transformers": hub.HF_MODULES_CACHE,
+    "cuda": os.environ["CUDA_CACHE_PATH"],
+}
+print(json.dumps([places, config.compile_threads, getpass.getuser(), hub.is_offline_mode()]))
+"""
+
+
+def test_what_libraries_write_goes_into_volumes(tmp_path: Path) -> None:
+    rendered = render({"dataPlane": {"cpu": "7"}})
+    pod = rendered.get("StatefulSet", "quire-data-plane")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    writable = [
+    writable = {
         mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")
-    ]
-    assert set(writable) == {"/tmp", "/cache", "/dev/shm"}
-    directories = {
-        each["name"]: each["value"]
-        for each in container["env"]
-        if each.get("value", "").startswith("/") and each["name"] != "QUIRE_CONFIG"
     }
-    assert {"HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"} <= directories.keys()
-    assert all(value.startswith("/cache") for value in directories.values())
+    assert writable == {"/tmp", "/cache", "/dev/shm"}
+    variables = {
+        name: each["value"].replace("/cache", str(tmp_path))
+        for name, each in environment(rendered, "data-plane").items()
+        if "value" in each
+    }
+    command = [sys.executable, "-c", ASKED]
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    places, threads, user, offline = json.loads(done.stdout)
+    # What is compiled is worth a claim.
+    elsewhere = {name for name, place in places.items() if not place.startswith(str(tmp_path))}
+    assert elsewhere == {"temporary"} and places["temporary"] == "/tmp"
+    assert (threads, user, offline) == (7, "quire", True)
     (shared,) = (each for each in pod["volumes"] if each["name"] == "shared-memory")
     assert shared["emptyDir"]["medium"] == "Memory"
 
 
 # Who may reach whom.
-
-Port = tuple[int, str]
-PORTS: list[Port] = [
-    *itertools.product((53, 5353), ("UDP", "TCP")),
-    *((port, "TCP") for port in (6379, 7401, 7402, 7403, 7411, 7413, 9090, 9091)),
-]
-POD_NAMES = {
-    "control-plane": "control plane",
-    "data-plane": "data plane",
-    "redis": "Redis",
-    "test": "`helm test`",
-}
-# Those outside of the release: their namespace, and their pods' labels.
-OUTSIDERS: dict[str, tuple[str, dict[str, str]]] = {
-    "anyone": ("elsewhere", {}),
-    "`clientsFrom`": (NAMESPACE, {"app": "client"}),
-    "`operatorsFrom`": ("operators", {}),
-    "`metricsFrom`": ("monitoring", {}),
-    "DNS": ("kube-system", {"k8s-app": "kube-dns"}),
-}
-
-
-def selects(selector: dict[str, Any], labels: Mapping[str, str]) -> bool:
-    assert selector.keys() <= {"matchLabels"}
-    return selector.get("matchLabels", {}).items() <= labels.items()
-
-
-def admits(rules: list[Any], side: str, actor: tuple[str, dict[str, str]], port: Port) -> bool:
-    """Whether one of a policy's rules lets an actor through at a port."""
-    namespace, labels = actor
-    for rule in rules:
-        ports = {(each["port"], each.get("protocol", "TCP")) for each in rule.get("ports", ())}
-        if "ports" in rule and port not in ports:
-            continue
-        if side not in rule:
-            return True
-        for peer in rule[side]:
-            if "ipBlock" in peer:
-                continue
-            where = {"kubernetes.io/metadata.name": namespace}
-            inside = (
-                selects(peer["namespaceSelector"], where)
-                if "namespaceSelector" in peer
-                else namespace == NAMESPACE
-            )
-            if inside and selects(peer.get("podSelector", {}), labels):
-                return True
-    return False
-
-
-def reachable(rendered: Rendered) -> set[tuple[str, str, Port]]:
-    """All (source, target, port) that the policies let through."""
-    policies = [each["spec"] for each in rendered.all("NetworkPolicy")]
-    actors = OUTSIDERS | {
-        POD_NAMES[component]: (NAMESPACE, pod["metadata"]["labels"])
-        for component, pod in rendered.pods()
-    }
-
-    def allowed(one: str, other: str, port: Port, side: str, kind: str) -> bool:
-        """Whether policies for `one` let it talk with `other`."""
-        own = [
-            policy
-            for policy in policies
-            if kind in policy["policyTypes"]
-            and actors[one][0] == NAMESPACE
-            and selects(policy["podSelector"], actors[one][1])
-        ]
-        return not own or any(
-            admits(policy.get(kind.lower(), []), side, actors[other], port) for policy in own
-        )
-
-    found = set()
-    for source, target, port in itertools.product(actors, actors, PORTS):
-        if not {source, target} & set(POD_NAMES.values()):
-            continue
-        if allowed(target, source, port, "from", "Ingress") and allowed(
-            source, target, port, "to", "Egress"
-        ):
-            found.add((source, target, port))
-    # What a stranger may, everybody may.
-    return {
-        (source, target, port)
-        for source, target, port in found
-        if source == "anyone" or ("anyone", target, port) not in found
-    }
 
 
 def test_who_may_reach_whom_is_as_documented() -> None:
@@ -1103,6 +1269,59 @@ def test_who_may_reach_whom_is_as_documented() -> None:
         }
     }
     assert reachable(render(policies)) == documented
+
+
+EVERYWHERE = [{"ipBlock": {"cidr": "0.0.0.0/0"}}]
+PRIVATE = ["10.0.0.0/8", "169.254.0.0/16"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind", "rule", "source", "target", "port"),
+    [
+        ("data-plane", "ingress", {"from": EVERYWHERE, "ports": [{"port": 7411}]},
+         "anyone", "data plane", 7411),
+        ("control-plane", "egress", {"to": EVERYWHERE, "ports": [{"port": 443}]},
+         "control plane", "the Internet", 443),
+        ("control-plane", "egress", {"ports": [{"port": 80, "endPort": 443}]},
+         "control plane", "anyone", 443),
+        ("control-plane", "egress",
+         {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": PRIVATE}}]},
+         "control plane", "the Internet", 22),
+        ("redis", "ingress", {"from": [{"namespaceSelector": {}}], "ports": [{"port": 2222}]},
+         "anyone", "Redis", 2222),
+        ("redis", "ingress", {"from": [{"ipBlock": {"cidr": "192.168.7.0/24"}}]},
+         "{'ipBlock': {'cidr': '192.168.7.0/24'}}", "Redis", 6379),
+        ("redis", "ingress", {"from": [{"podSelector": {"matchLabels": {"app": "backup"}}}]},
+         "{'podSelector': {'matchLabels': {'app': 'backup'}}}", "Redis", 6379),
+    ],
+)  # fmt: skip
+def test_no_rule_more_would_go_unnoticed(
+    policy: str, kind: str, rule: dict[str, Any], source: str, target: str, port: int
+) -> None:
+    rendered = deepcopy(case("defaults"))
+    before = reachable(rendered)
+    found = rendered.get("NetworkPolicy", f"quire-{policy}")["spec"]
+    found[kind] = [*found.get(kind, ()), rule]
+    assert (source, target, (port, "TCP")) in reachable(rendered) - before
+
+
+def test_dns_may_be_where_the_documentation_says_it_can_be() -> None:
+    def asked(values: dict[str, Any]) -> set[tuple[str, int]]:
+        """Whom the control plane may ask for names, at which ports."""
+        reached = reachable(render(values))
+        assert not [each for each in reached if each[0] == "data plane"]
+        return {
+            (target, port)
+            for source, target, (port, _) in reached
+            if source == "control plane" and port in (53, 5353)
+        }
+
+    page = section((ROOT / "docs/kubernetes.md").read_text(), "## Who may reach whom")
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    documented = asked(yaml.safe_load(example))
+    assert {"DNS", "{'ipBlock': {'cidr': '10.96.0.10/32'}}"} == {each for each, _ in documented}
+    anywhere = asked({"networkPolicy": {"dnsTo": []}})
+    assert {("the Internet", 53), ("anyone", 53), ("a node's DNS cache", 53)} <= anywhere
 
 
 def test_by_default_nobody_operates_and_an_engine_calls_nobody() -> None:
@@ -1140,7 +1359,12 @@ def test_ranks_on_several_nodes_reach_each_other_and_names_alone() -> None:
         return {each for each in reachable(case(name)) if each[0] == "data plane"}
 
     assert not of_engines("tensor parallel")
-    names = {("data plane", "DNS", port) for port in PORTS if port[0] in (53, 5353)}
+    names = {
+        ("data plane", target, port)
+        for target in ("DNS", "a node's DNS cache")
+        for port in PORTS
+        if port[0] in (53, 5353)
+    }
     assert of_engines("several nodes") == names | {
         ("data plane", "data plane", port) for port in PORTS if port != (7413, "TCP")
     }
@@ -1148,7 +1372,8 @@ def test_ranks_on_several_nodes_reach_each_other_and_names_alone() -> None:
 
 def test_health_can_be_kept_from_others_too() -> None:
     reached = reachable(case("all policies"))
-    assert not [each for each in reached if each[2][0] in (7403, 7413)]
+    (peer,) = CASES["all policies"]["networkPolicy"]["healthFrom"]
+    assert {source for source, _, (port, _) in reached if port in (7403, 7413)} == {str(peer)}
 
 
 def test_an_external_redis_is_reached_at_its_port() -> None:
@@ -1199,12 +1424,41 @@ def test_the_laptops_commands_fit_together() -> None:
 # What is watched.
 
 
-def metric_names() -> set[str]:
-    """Names in the documentation's tables, with those of histograms' series."""
-    text = section((ROOT / "docs/operations.md").read_text(), "## Metrics")
-    names = set(re.findall(r"^\| `(\w+)`", text, re.M))
-    parts = {f"{name}_{part}" for name in names for part in ("bucket", "sum", "count")}
-    return names | parts
+def labels_of(registry: CollectorRegistry, target: dict[str, set[str] | None]) -> dict[str, Labels]:
+    """Each series's labels with the values that they have in a scrape, and those of its target."""
+    found: dict[str, dict[str, set[str] | None]] = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            labels = found.setdefault(sample.name, dict(target))
+            for name, value in sample.labels.items():
+                labels[name] = {value} | (labels.get(name) or set())
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def series(llama: Model) -> dict[str, Labels]:
+    """What both planes serve after a request and a refused one, with labels of their targets."""
+
+    async def scrape() -> dict[str, Labels]:
+        engine = Engine(llama, EngineSizes(16, 64, 8, 8, 256, 512))
+        async with (
+            serving_engine(engine, None) as (service, worker, port),
+            running_replica([port]) as replica,
+        ):
+            await led(replica)
+            stack = Stack(engine, worker, replica)
+            await stack.generate(request([5, 6, 7], 2))
+            await failure(stack.generate(request([], 1)))
+            await stack.channel.close()
+            await stack.admin_channel.close()
+            pod: dict[str, set[str] | None] = {"namespace": {NAMESPACE}, "pod": None}
+            control = pod | {"service": {"quire-control-plane-headless"}}
+            # There on a GPU only, without labels of its own.
+            device = {"quire_engine_device_memory_bytes": pod}
+            engines = labels_of(registry_of(engine, service), pod)
+            return device | engines | labels_of(replica.metrics.registry, control)
+
+    return asyncio.run(scrape())
 
 
 def dashboard_of(rendered: Rendered) -> tuple[str, dict[str, Any]]:
@@ -1232,32 +1486,70 @@ def test_dashboards_of_releases_do_not_replace_each_other() -> None:
     assert all(re.fullmatch("[a-z0-9-]{1,40}", dashboard["uid"]) for _, dashboard in found)
 
 
-def test_alerts_and_dashboard_use_metrics_that_there_are() -> None:
-    rendered = case("monitoring")
-    rules = rendered.get("PrometheusRule", "quire-control-plane")["spec"]["groups"][0]["rules"]
-    _, dashboard = dashboard_of(rendered)
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    expressions = [rule["expr"] for rule in rules] + queries
-    for expression in expressions:
-        used = set(re.findall(r"\bquire_\w+", expression))
-        assert used and used <= metric_names(), expression
-        # Grafana puts a duration and a name for its variables before it asks.
-        asked = expression.replace("$__rate_interval", "5m").replace("$__range", "1h")
-        promql_parser.parse(asked)
+# What Grafana puts in before it asks.
+VARIABLES = {
+    "$__rate_interval": "5m",
+    "$__range": "1h",
+    "$namespace": NAMESPACE,
+    "$service": "quire-control-plane-headless",
+}
+
+
+def asked(query: str) -> str:
+    """A query as Grafana asks it."""
+    return re.sub(r"\$\w+", lambda found: VARIABLES[found[0]], query)
+
+
+def alerts() -> list[dict[str, Any]]:
+    rule = case("monitoring").get("PrometheusRule", "quire-control-plane")
+    return list(rule["spec"]["groups"][0]["rules"])
+
+
+def test_alerts_and_dashboard_use_metrics_and_labels_that_there_are(
+    series: dict[str, Labels],
+) -> None:
+    _, dashboard = dashboard_of(case("monitoring"))
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    queries = [asked(target["expr"]) for target in targets]
+    for expression in [rule["expr"] for rule in alerts()] + queries:
+        assert "quire_" in expression
+        check_labels(expression, series)
         # What begins anew with a process is only good for its rate, and nothing else has one.
         counted = re.findall(r"(?:rate|increase|resets)\((quire_\w+)", expression)
         assert all(re.search("_(total|bucket|sum|count)$", name) for name in counted), expression
-    for rule in rules:
-        assert re.fullmatch(r"\d+[smh]", rule.get("for", "0s")) and rule["annotations"]["summary"]
-    assert {rule["alert"] for rule in rules} == {
+    for target, query in zip(targets, queries, strict=True):
+        assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= grouped(query)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 8
+    variables = {each["name"]: each for each in dashboard["templating"]["list"]}
+    assert variables.keys() == {"datasource", "namespace", "service"}
+    for name in ("namespace", "service"):
+        query = asked(variables[name]["definition"])
+        assert asked(variables[name]["query"]["query"]) == query
+        found = re.fullmatch(r"label_values\((.+), (\w+)\)", query)
+        assert found
+        check_labels(f"count by ({found[2]}) ({found[1]})", series)
+
+
+def test_alerts_say_what_they_are_about_and_fire_where_nothing_is_led() -> None:
+    found = {rule["alert"]: rule for rule in alerts()}
+    assert list(found) == [
         "QuireNoEngineLed",
         "QuireEngineNotLed",
         "QuireIndexDown",
         "QuirePreemptionsHigh",
         "QuireQueueLong",
         "QuireEngineFlapping",
-    }
-    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 8
+    ]
+    for rule in found.values():
+        assert re.fullmatch(r"\d+[smh]", rule.get("for", "0s")) and rule["annotations"]["summary"]
+        told = set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
+        assert told <= grouped(rule["expr"])
+        # Of other releases they know nothing.
+        for label in (f'namespace="{NAMESPACE}"', 'service="quire-control-plane-headless"'):
+            assert rule["expr"].count(label) == rule["expr"].count("{")
+    # A count of nothing is nothing, and not less than one.
+    silent = {name for name, rule in found.items() if is_of_nothing(promql.parse(rule["expr"]))}
+    assert set(found) - silent == {"QuireNoEngineLed", "QuireEngineNotLed"}
 
 
 def test_monitors_find_ports_that_there_are() -> None:
@@ -1287,6 +1579,18 @@ def test_monitors_find_ports_that_there_are() -> None:
         assert ports[endpoint["port"]] == rendered.settings(component)["metrics_port"]
     for monitor in (services, pods):
         assert monitor["namespaceSelector"] == {"matchNames": [NAMESPACE]}
+
+
+def test_a_load_balancer_gets_what_is_set_and_nothing_else() -> None:
+    def service(values: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(render(values).get("Service", "quire-control-plane")["spec"])
+
+    given = CASES["load balancer for some"]["controlPlane"]["service"]
+    assert given.items() <= service(CASES["load balancer for some"]).items()
+    usual = service(CASES["load balancer"]).keys()
+    assert usual == {"type", "selector", "ports"} == service({}).keys()
+    ports = {"controlPlane": {"service": {"type": "NodePort", "externalTrafficPolicy": "Local"}}}
+    assert service(ports)["externalTrafficPolicy"] == "Local"
 
 
 def test_services_lead_to_ports_that_containers_have() -> None:

@@ -1,14 +1,16 @@
 {{/* Begins the names of all objects; leaves room for "-control-plane-headless" and pods' numbers. Names of
-Services have no dots, names of releases may. */}}
+Services have no dots, names of releases may. What is too long ends with a hash of the whole, or releases
+that differ at their end only would take each other's names. */}}
 {{- define "quire.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride -}}
 {{- else -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
-{{- if contains $name .Release.Name -}}
-{{- .Release.Name | replace "." "-" | trunc 40 | trimAll "-" -}}
+{{- $whole := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
+{{- if gt (len $whole) 40 -}}
+{{- printf "%s-%s" (trunc 33 $whole) (sha256sum $whole | trunc 6) | replace "." "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | replace "." "-" | trunc 40 | trimAll "-" -}}
+{{- replace "." "-" $whole -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -20,8 +22,8 @@ Services have no dots, names of releases may. */}}
 {{/* What selects a component's pods. Takes a list: root, component. */}}
 {{- define "quire.selector" -}}
 {{- $root := first . -}}
-app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride }}
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride | quote }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ last . }}
 {{- end -}}
 
@@ -52,7 +54,7 @@ again takes long. Takes a list: root, component. */}}
 {{- $root := first . -}}
 {{- $component := index . 1 -}}
 name: {{ include "quire.fullname" $root }}-{{ $component }}{{ with slice . 2 }}-{{ first . }}{{ end }}
-namespace: {{ $root.Release.Namespace }}
+namespace: {{ $root.Release.Namespace | quote }}
 labels:
   {{- include "quire.labels" (list $root $component) | nindent 2 }}
 {{- end -}}
@@ -109,6 +111,12 @@ puts behind it to name StatefulSets of workers. */}}
 {{/* What the prefix index needs of Redis, as rules of an ACL. Before 7.0 @connection had all of CLIENT. */}}
 {{- define "quire.redisRights" -}}
 resetkeys ~{{ include "quire.indexNamespace" . }}:* resetchannels -@all +@connection -client +client|setinfo +client|setname +eval +evalsha +smismember +sadd +srem +expire +unlink +get +incr +hset +hsetnx +hdel +hgetall +hincrby
+{{- end -}}
+
+{{/* Not empty: `helm test` has a role to generate, or shows what may have it. */}}
+{{- define "quire.testMayGenerate" -}}
+{{- $certificate := and .Values.tls.enabled (or .Values.tls.certManager.enabled .Values.tls.existingSecrets.client) -}}
+{{- if or $certificate .Values.access.testSecret (has "generate" .Values.access.anonymousRoles) }}true{{ end -}}
 {{- end -}}
 
 {{/* Seconds of a duration, as 1h30m. */}}

@@ -6,7 +6,7 @@
 {{/* What all pods have in common, for "restricted". Takes a dict: root, component (its values, or an
 empty dict), user, group. */}}
 {{- define "quire.pod" -}}
-serviceAccountName: {{ include "quire.serviceAccountName" .root }}
+serviceAccountName: {{ include "quire.serviceAccountName" .root | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 securityContext:
@@ -67,8 +67,16 @@ tls_ca: /etc/quire/tls/ca.crt
 {{- define "quire.dataPlaneMemoryMib" -}}
 {{- $plane := .Values.dataPlane -}}
 {{- $blocks := ternary 0 (int ($plane.kvMemoryMib | default 512)) $plane.gpu.enabled -}}
-{{- $ofRank := add $plane.swapMemoryMib $blocks -}}
-{{- add $plane.memoryMib $plane.sharedMemoryMib (mul (include "quire.ranks" .) $ofRank) -}}
+{{- $ofRank := add $plane.memoryMib $plane.swapMemoryMib $blocks -}}
+{{- add $plane.sharedMemoryMib (mul (include "quire.ranks" .) $ofRank) -}}
+{{- end -}}
+
+{{/* How many processes each rank compiles with: its share of the cores that are asked for, and torch's 32 at
+most. torch itself would go by the node's cores, and each process takes memory. */}}
+{{- define "quire.compileThreads" -}}
+{{- $cpu := toString .Values.dataPlane.cpu -}}
+{{- $cores := ternary (divf (trimSuffix "m" $cpu) 1000) (float64 $cpu) (hasSuffix "m" $cpu) -}}
+{{- divf $cores (include "quire.ranks" .) | int | max 1 | min 32 -}}
 {{- end -}}
 
 {{/* The password of Redis's user: given, else that of the last revision, else a random one; the same

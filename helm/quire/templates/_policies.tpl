@@ -23,11 +23,13 @@
 
 {{/* Policies see the port of the pod that answers, which on OpenShift is 5353. */}}
 {{- define "quire.dns" -}}
-- to:
-    {{- toYaml .dnsTo | nindent 4 }}
-  ports:
+- ports:
     {{- range list 53 5353 }}
     - {port: {{ . }}, protocol: UDP}
     - {port: {{ . }}, protocol: TCP}
     {{- end }}
+  {{- with .dnsTo }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- end -}}
