@@ -151,6 +151,10 @@ CASES: dict[str, Mapping[str, Any]] = {
         }
     },
     "external redis": EXTERNAL_REDIS,
+    "traces": {
+        "controlPlane": {"settings": {"traces_endpoint": "https://collector.example:4317"}},
+        "networkPolicy": {"tracesTo": PEERS["monitoring"]},
+    },
     "access": {
         "access": {"existingSecret": "callers", "anonymousRoles": [], "testSecret": "tester"}
     },
@@ -505,6 +509,10 @@ def hub(changed: dict[str, Any], **model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
+        (
+            {"controlPlane": {"settings": {"traces_endpoint": "https://collector.example"}}},
+            "traces_endpoint is https://collector.example: it must be http://HOST:PORT",
+        ),
         ({"controlPlane": {"replicas": "two"}}, "at '/controlPlane/replicas': got string"),
         ({"dataPlane": {"replicas": 0}}, "minimum: got 0, want 1"),
         ({"dataplane": {}}, "additional properties 'dataplane' not allowed"),
@@ -1380,6 +1388,15 @@ def test_an_external_redis_is_reached_at_its_port() -> None:
     policy = case("external redis").get("NetworkPolicy", "quire-control-plane")
     ports = [rule["ports"][0]["port"] for rule in policy["spec"]["egress"]]
     assert ports == [53, 7401, 7411, 6380]
+
+
+def test_traces_reach_their_collector_and_nothing_else() -> None:
+    policy = case("traces").get("NetworkPolicy", "quire-control-plane")
+    *_, rule = policy["spec"]["egress"]
+    assert rule == {"ports": [{"port": 4317}], "to": PEERS["monitoring"]}
+    assert case("traces").settings("control-plane")["traces_endpoint"].startswith("https://")
+    without = case("defaults").get("NetworkPolicy", "quire-control-plane")["spec"]["egress"]
+    assert len(without) == len(policy["spec"]["egress"]) - 1
 
 
 # What the documentation tells to type.
