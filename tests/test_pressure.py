@@ -15,7 +15,7 @@ from tests.stack import Answer, Stack, request, running_stack
 
 
 def every_kind() -> list[pb.GenerateRequest]:
-    """Requests of 30 to 90 tokens of prompt and 40 of output, twice each kind."""
+    """Requests of 30 to 90 tokens of prompt and 40 of output, four of each kind."""
     rng = random.Random(3)
     kinds = (
         {},
@@ -29,7 +29,7 @@ def every_kind() -> list[pb.GenerateRequest]:
         {"stopping": pb.Stopping(min_tokens=20, stop_token_ids=list(range(100, 116)))},
     )
     messages = []
-    for kind in kinds * 2:
+    for kind in kinds * 4:
         prompt = [rng.randrange(8, 384) for _ in range(rng.randrange(30, 90))]
         message = request(prompt, 40, **kind)
         message.stopping.ignore_eos = True
