@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 	$(BIN)/quire demo $(if $(KEEP),--keep)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.run $(BENCH)

@@ -18,6 +18,7 @@ from data_plane.model import Model
 from protos import wire
 from protos.inference.v1 import inference_pb2 as pb
 from tests.stack import Answer, failure, request, running_stack
+from tests.test_waiting import held
 
 PROMPT = list(range(20, 53))
 
@@ -411,11 +412,17 @@ def test_refusals_of_model_pool_and_queue(llama: Model) -> None:
             text = await failure(stack.generate(request("no tokenizer here")))
             assert "token_ids" in str(text.details())
             long = sampled(PROMPT, seed=1, max_tokens=90)
-            tasks = [asyncio.create_task(stack.generate(long)) for _ in range(2)]
-            async with asyncio.timeout(5):
-                while stack.loop.scheduler.waiting_count < 1:
-                    await asyncio.sleep(0)
-            error = await failure(stack.generate(long))
+            scheduler, tasks = stack.loop.scheduler, []
+            # However long the calls take to come, the first has not ended by then.
+            with held(stack.worker):
+                async with asyncio.timeout(30):
+                    tasks.append(asyncio.create_task(stack.generate(long)))
+                    while scheduler.running_count < 1:
+                        await asyncio.sleep(0.002)
+                    tasks.append(asyncio.create_task(stack.generate(long)))
+                    while scheduler.waiting_count < 1:
+                        await asyncio.sleep(0.002)
+                error = await failure(stack.generate(long))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             info, detail = wire.error_details(error)
             assert isinstance(info, error_details_pb2.ErrorInfo) and info.reason == "QUEUE_FULL"
